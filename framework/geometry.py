@@ -1,0 +1,75 @@
+"""The vocabulary that every room shares: modules, rectangles, shards. No torch, no files.
+
+Weights are `[N, K]`: N output features (rows), K input features (columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What a module computes; decides its layer type and which tensors it may have."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    NORM = "norm"
+
+
+class Split(StrEnum):
+    """How tensor parallelism divides a module."""
+
+    COLUMN = "column"  # rows of the weight; each rank makes its own output features
+    ROW = "row"  # columns of the weight; partial sums are added over the ranks
+    VOCAB = "vocab"  # rows of an embedding or a head
+    EXPERT = "expert"
+    REPLICATED = "replicated"
+    ROWS_GATHER = "rows+gather"  # a ROW module whose columns cannot be cut: rows are cut, inputs gathered
+
+
+@dataclass(frozen=True, slots=True)
+class Rect:
+    """Half-open rectangle of a logical weight: rows n0..n1, columns k0..k1."""
+
+    n0: int
+    n1: int
+    k0: int
+    k1: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.n1 - self.n0, self.k1 - self.k0
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return (self.n1 - self.n0) * (self.k1 - self.k0)
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One weight of a model, as its family describes it, before any file or rank is known.
+
+    `name` is the canonical Hugging Face module name (`model.layers.0.self_attn.q_proj`).
+    `shape` is [N, K]; a norm of H features is [H, 1].
+    `axis` names the dimension of the model that is dealt to ranks (`q_heads`, `kv_heads`, `mlp`, `vocab`);
+    every module on one axis is cut at the same places. `unit` is the number of rows (column and vocab splits)
+    or columns (row split) that one element of the axis spans.
+    `tied_to` names the module whose weight this one shares.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, int]
+    split: Split
+    axis: str = ""
+    unit: int = 1
+    bias: bool = False
+    tied_to: str = ""
+
+    @property
+    def full(self) -> Rect:
+        """The whole weight."""
+        return Rect(0, self.shape[0], 0, self.shape[1])
