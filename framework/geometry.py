@@ -73,3 +73,13 @@ class Module:
     def full(self) -> Rect:
         """The whole weight."""
         return Rect(0, self.shape[0], 0, self.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShare:
+    """Half-open ranges of query and KV heads that one rank holds."""
+
+    q0: int
+    q1: int
+    kv0: int
+    kv1: int

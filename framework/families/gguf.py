@@ -1,0 +1,157 @@
+"""The Hugging Face config that a GGUF's metadata and tensor shapes amount to (formats/gguf names the tensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from framework.checkpoint.index import Index
+from framework.errors import InputError, Problem, Refused
+from framework.families.base import DecoderSpec
+from framework.families.config import describe
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mistral3": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
+
+
+def describe_gguf(index: Index) -> DecoderSpec:
+    """Return the decoder that a GGUF holds. Llama 3 files carry their rotary divisors as a tensor."""
+    spec = describe(config_of(index))
+    if "rope_freqs.weight" in index.tensors:
+        spec = replace(spec, rope=replace(spec.rope, from_file=True))
+    return spec
+
+
+def config_of(index: Index) -> dict[str, Any]:
+    """Return a config like the one published with the model. Shapes come from the tensors, the rest from keys.
+
+    Raises:
+        InputError: `gguf-key`, a key that nothing replaces is missing or of the wrong type.
+        Refused: `architecture-unsupported`; `config-mismatch`, keys and tensors disagree.
+    """
+    meta = index.metadata
+    arch = str(meta.get("general.architecture"))
+    if arch not in ARCHITECTURES:
+        raise Refused(
+            Problem(
+                "architecture-unsupported",
+                f"GGUF files of architecture {arch} cannot be run yet",
+                f"{index.root}: general.architecture",
+                f"supported: {', '.join(sorted(ARCHITECTURES))}",
+            )
+        )
+    if int(meta.get(f"{arch}.expert_count", 0) or 0):
+        raise Refused(
+            Problem(
+                "architecture-unsupported",
+                f"mixture-of-experts GGUF files ({arch} with {meta[f'{arch}.expert_count']} experts) cannot be run yet",
+                f"{index.root}: {arch}.expert_count",
+                "dense models only so far",
+            )
+        )
+
+    def key(name: str, default: Any = ...) -> Any:  # noqa: ANN401
+        value = meta.get(f"{arch}.{name}", default)
+        if value is ...:
+            raise InputError(
+                Problem("gguf-key", f"the GGUF has no {arch}.{name}", str(index.root), fix="re-convert the model")
+            )
+        return value
+
+    tensors = index.tensors
+    layers = int(key("block_count"))
+    heads = _same_in_all_layers(index, f"{arch}.attention.head_count", key("attention.head_count"))
+    kv_heads = _same_in_all_layers(
+        index, f"{arch}.attention.head_count_kv", key("attention.head_count_kv", heads)
+    )
+    hidden = int(key("embedding_length"))
+    head_dim = int(key("attention.key_length", hidden // heads))
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[arch]],
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": _same_in_all_layers(index, f"{arch}.feed_forward_length", key("feed_forward_length")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": _vocab(index),
+        "rms_norm_eps": float(key("attention.layer_norm_rms_epsilon", 1e-6)),
+        "max_position_embeddings": int(key("context_length", 2048)),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_theta": float(key("rope.freq_base", 1_000_000.0 if arch == "gemma3" else 10000.0)),
+        "eos_token_id": [meta[name] for name in ("tokenizer.ggml.eos_token_id",) if name in meta],
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+    }
+    if "attention.sliding_window" in {k.removeprefix(f"{arch}.") for k in meta}:
+        config["sliding_window"] = int(key("attention.sliding_window"))
+    config |= _rope_scaling(meta, arch)
+    if arch == "gemma3":
+        # convert_hf_to_gguf writes no query scalar: head_dim for all sizes but 27B, where it is hidden / heads
+        config["query_pre_attn_scalar"] = hidden / heads if layers == 62 else head_dim
+        config["rope_local_base_freq"] = float(key("rope.freq_base_swa", 10000.0))
+    _check_shape(index, "blk.0.attn_q.weight", (heads * head_dim, hidden))
+    _check_shape(index, "blk.0.attn_k.weight", (kv_heads * head_dim, hidden))
+    return config
+
+
+def _rope_scaling(meta: Mapping[str, Any], arch: str) -> dict[str, Any]:
+    kind = str(meta.get(f"{arch}.rope.scaling.type", "none"))
+    if kind == "none":
+        return {}
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": meta.get(f"{arch}.rope.scaling.factor", 1.0)}
+    names = {
+        "original_context_length": "original_max_position_embeddings",
+        "yarn_beta_fast": "beta_fast",
+        "yarn_beta_slow": "beta_slow",
+        "yarn_attn_factor": "attention_factor",
+    }
+    for theirs, ours in names.items():
+        if (value := meta.get(f"{arch}.rope.scaling.{theirs}")) is not None:
+            scaling[ours] = value
+    return {"rope_scaling": scaling}
+
+
+def _same_in_all_layers(index: Index, name: str, value: Any) -> int:  # noqa: ANN401
+    if isinstance(value, (int, float)):
+        return int(value)
+    values = set(value)
+    if len(values) != 1:
+        raise Refused(
+            Problem(
+                "architecture-unsupported",
+                f"{name} differs between layers",
+                f"{index.root}",
+                f"values {sorted(values)}; layers of one shape are supported",
+            )
+        )
+    return int(values.pop())
+
+
+def _vocab(index: Index) -> int:
+    embedding = index.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise Refused(
+            Problem("tensor-missing", "the GGUF has no token_embd.weight", str(index.root), "every decoder needs one")
+        )
+    return embedding.shape[0]
+
+
+def _check_shape(index: Index, name: str, expected: tuple[int, int]) -> None:
+    info = index.tensors.get(name)
+    if info is not None and info.shape != expected:
+        raise Refused(
+            Problem(
+                "config-mismatch",
+                f"{name} has shape {list(info.shape)}, the metadata says {list(expected)}",
+                str(index.root),
+                "heads x head size of the metadata must give the rows of the tensor",
+                "re-convert the model",
+            )
+        )

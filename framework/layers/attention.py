@@ -1,0 +1,104 @@
+"""Grouped-query attention over a paged KV cache, heads dealt to ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from framework import ops
+from framework.layers.linear import ParallelLinear
+from framework.layers.norm import RMSNorm
+
+PAGE_TOKENS = 128
+WHOLE = 2147483647
+CAUSAL, BAND = 3, 4  # sparse_mode of npu_fused_infer_attention_score
+
+
+@dataclass
+class Step:
+    """What all layers share in one forward pass over T packed tokens of B sequences.
+
+    `query_ends` and `context_lengths`: cumulative query lengths and total lengths per sequence, as lists and,
+    for decoding, `context_tensor` int32 [B]. `block_table` int32 [B, P]. `slots` int32 [T].
+    """
+
+    slots: Tensor
+    block_table: Tensor
+    query_ends: list[int]
+    context_lengths: list[int]
+    context_tensor: Tensor
+    longest: int
+    is_decode: bool
+    causal_mask: Tensor
+    rotary: tuple[Tensor, Tensor]
+    rotary_local: tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """q, k, v, optional head norms, rotary, cache write, attention, output projection."""
+
+    def __init__(
+        self,
+        qkv: ParallelLinear,
+        output: ParallelLinear,
+        norms: tuple[RMSNorm, RMSNorm] | None,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int | None,
+        local_rotary: bool,
+    ) -> None:
+        super().__init__()
+        self.qkv_proj, self.o_proj = qkv, output
+        self.q_norm, self.k_norm = norms if norms else (None, None)
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.q_size, self.kv_size = heads * head_dim, kv_heads * head_dim
+        self.scale = scale
+        self.window = window
+        self.local_rotary = local_rotary
+
+    def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, Tensor]) -> Tensor:
+        """[T, H] -> [T, H]; writes this step's keys and values into `cache` ([pages, 128, kv_heads, D] each)."""
+        tokens = x.shape[0]
+        qkv = self.qkv_proj(x)
+        q, k, v = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        q, k = q.view(1, tokens, self.heads, self.head_dim), k.view(1, tokens, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = step.rotary_local if self.local_rotary else step.rotary
+        q, k = ops.npu_rotary_mul(q, cos, sin)[0], ops.npu_rotary_mul(k, cos, sin)[0]
+        keys, values = cache
+        ops._npu_reshape_and_cache(k, v.view(tokens, self.kv_heads, self.head_dim), keys, values, step.slots)
+        attended = self._attend(q, keys, values, step)
+        return self.o_proj(attended.view(tokens, self.q_size))
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+        windowed = self.window is not None and step.longest > self.window
+        if step.is_decode and not windowed:
+            out = torch.empty_like(q)
+            ops._npu_paged_attention(
+                q, keys, values, self.kv_heads, self.heads, self.scale, step.block_table, step.context_tensor, out
+            )
+            return out
+        pages = keys.shape[0]
+        return ops.npu_fused_infer_attention_score(
+            q,
+            keys.view(pages, PAGE_TOKENS, self.kv_size),
+            values.view(pages, PAGE_TOKENS, self.kv_size),
+            atten_mask=step.causal_mask,
+            actual_seq_lengths=step.query_ends,
+            actual_seq_lengths_kv=step.context_lengths,
+            block_table=step.block_table,
+            num_heads=self.heads,
+            scale=self.scale,
+            input_layout="TND",
+            num_key_value_heads=self.kv_heads,
+            sparse_mode=BAND if windowed else CAUSAL,
+            pre_tokens=self.window - 1 if windowed else WHOLE,
+            next_tokens=0,
+            block_size=PAGE_TOKENS,
+        )[0]

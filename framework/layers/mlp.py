@@ -1,0 +1,26 @@
+"""The gated MLP of a decoder layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from framework import ops
+from framework.layers.linear import ParallelLinear
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)); act is silu or gelu_tanh."""
+
+    def __init__(self, gate_up: ParallelLinear, down: ParallelLinear, activation: str) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = gate_up, down
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        gate_up = self.gate_up_proj(x)
+        if self.activation == "silu":
+            return self.down_proj(ops.npu_swiglu(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down_proj(torch.nn.functional.gelu(gate, approximate="tanh") * up)
