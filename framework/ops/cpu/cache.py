@@ -1,0 +1,25 @@
+"""Writing keys and values into the paged cache."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def reshape_and_cache(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_indices: Tensor
+) -> None:
+    """Write row t to slot_indices[t]; negative slots are skipped. Rows are cast to the cache's dtype.
+
+    Args:
+        key: [T, KV, D].
+        value: [T, KV, Dv].
+        key_cache: [blocks, block_size, KV, D], contiguous.
+        value_cache: [blocks, block_size, KV, Dv], contiguous.
+        slot_indices: int32 [T]; slot s is row s % block_size of block s // block_size.
+    """
+    slots = slot_indices.long()
+    kept = slots >= 0
+    if not kept.all():
+        slots, key, value = slots[kept], key[kept], value[kept]
+    for rows, cache in ((key, key_cache), (value, value_cache)):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows.to(cache.dtype))

@@ -1,0 +1,133 @@
+"""Decides once per process whose operators run: torch_npu's, or the CPU kernels of this package."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from framework.errors import Problem, Refused
+from framework.ops.schema import OPERATORS, SCHEMAS, qualified_name
+
+Device = Literal["cpu", "npu"]
+
+# Registrations vanish with their Library object.
+_LIBRARIES: list[Any] = []
+
+_CANN_LIBRARIES = ("libascendcl.so", "libhccl.so")
+
+
+def available_devices() -> tuple[Device, ...]:
+    """Return the devices that can be asked for here, best first. Imports neither torch nor torch_npu.
+
+    An NPU counts when torch_npu is installed, CANN's libraries load and the driver shows a device.
+    """
+    present = (
+        importlib.util.find_spec("torch_npu") is not None
+        and any(Path("/dev").glob("davinci[0-9]*"))
+        and all(_loads(name) for name in _CANN_LIBRARIES)
+    )
+    return ("npu", "cpu") if present else ("cpu",)
+
+
+def ensure_registered(device: Device) -> None:
+    """Make the operators callable for tensors on `device` (CPU tensors always). Later calls do nothing.
+
+    Raises:
+        Refused: `device-absent` when an NPU is asked for and torch_npu cannot be imported or sees none.
+        RuntimeError: an NPU is asked for after the operators were defined for the CPU alone; torch_npu
+            would abort the process (it registers the same names).
+    """
+    if _LIBRARIES:
+        if device == "npu" and "torch_npu" not in sys.modules:
+            raise RuntimeError("ensure_registered('npu') must come before the first use of an operator")
+        return
+    if device == "npu":
+        _import_torch_npu()
+    _register(define="torch_npu" not in sys.modules)
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """Return the operator of this name, registering the CPU kernels if nothing is registered yet.
+
+    Operators with one overload are bound to it: a call then skips overload resolution.
+    """
+    ensure_registered("cpu")
+    import torch
+
+    torch_npu = sys.modules.get("torch_npu")
+    if torch_npu is not None and OPERATORS[name] == "atb":
+        # torch_npu's Python function loads the ATB library before its first call.
+        return getattr(torch_npu, name)  # type: ignore[no-any-return]
+    packet = getattr(getattr(torch.ops, OPERATORS[name]), name)
+    overloads = packet.overloads()
+    return packet.default if overloads == ["default"] else packet  # type: ignore[no-any-return]
+
+
+def _register(*, define: bool) -> None:
+    import torch
+
+    from framework.ops import meta
+    from framework.ops.cpu import KERNELS
+
+    kind = "FRAGMENT" if define else "IMPL"
+    libraries = {
+        namespace: torch.library.Library(namespace, kind) for namespace in sorted(set(OPERATORS.values()))
+    }
+    for schema in SCHEMAS:
+        name = qualified_name(schema)
+        namespace, _, local_name = name.partition("::")
+        library = libraries[namespace]
+        if define:
+            library.define(schema.removeprefix(f"{namespace}::"))
+            library.impl(local_name, meta.KERNELS[name], "Meta")
+        library.impl(local_name, KERNELS[name], "CPU")
+    _LIBRARIES.extend(libraries.values())
+
+
+def _import_torch_npu() -> None:
+    try:
+        torch_npu = importlib.import_module("torch_npu")
+    except (ImportError, OSError) as error:
+        raise Refused(_absent(error)) from error
+    if not torch_npu.npu.is_available():
+        raise Refused(
+            Problem(
+                "device-absent",
+                what="no NPU is visible to this process",
+                where="runtime.device",
+                why="torch_npu and CANN load, but the driver shows no device",
+                fix="runtime.device=cpu runs the same operators on the CPU; npu-smi info lists the devices",
+            )
+        )
+
+
+def _absent(error: ImportError | OSError) -> Problem:
+    """Name what is missing: the package itself, or one of CANN's libraries."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
+        return Problem(
+            "device-absent",
+            what="torch_npu is not installed",
+            where="runtime.device",
+            why="an NPU is driven through torch_npu and CANN",
+            fix="pip install 'npu-launch[npu]' on the Ascend host, or runtime.device=cpu",
+        )
+    return Problem(
+        "device-absent",
+        what=f"torch_npu cannot be loaded: {error}",
+        where="runtime.device",
+        why="it needs the libraries of CANN, and its environment script puts them on the loader path",
+        fix="source .../ascend-toolkit/set_env.sh in this shell, or runtime.device=cpu",
+    )
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True

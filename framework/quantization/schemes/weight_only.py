@@ -1,0 +1,71 @@
+"""What w4a16 and w8a16 share: the operands of `npu_weight_quant_batchmatmul`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from framework import ops
+from framework.ops.layout import device_layout, held_bytes
+from framework.quantization.schemes.base import Operands
+from framework.quantization.tensor import QuantTensor
+
+
+def signed(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return signed int8 codes [N, K] and the fp32 scale and offset [G, N] with value = (code + offset) * scale.
+
+    Codes 0 .. 2^bits - 1 are shifted down by half the range, which the offset takes back. A group with scale 0 and a minimum holds one value
+    everywhere: its scale becomes the minimum, its codes 0, its offset 1.
+    """
+    if weight.scale is None:
+        raise ValueError("a weight-only scheme takes integer codes, this weight is float")
+    codes = weight.codes
+    scale = weight.scale.float()
+    half = 1 << (weight.bits - 1)
+    shift = half if bool((codes > half - 1).any()) else 0
+    if shift:
+        codes = (codes.to(torch.int16) - shift).to(torch.int8)
+    if bool((codes < -half).any()) or bool((codes > half - 1).any()):
+        raise ValueError(f"codes do not fit {weight.bits} bits")
+    offset = None
+    if weight.zero is not None:
+        offset = shift - weight.zero.float()
+    elif weight.minimum is not None:
+        minimum = weight.minimum.float()
+        flat = scale == 0
+        if flat.any():
+            codes = codes.masked_fill(flat.repeat_interleave(weight.group_size, dim=1), 0)
+            scale = torch.where(flat, minimum, scale)
+        offset = torch.where(flat, 1.0, minimum / torch.where(flat, 1.0, scale) + shift)
+    elif shift:
+        offset = torch.full_like(scale, shift)
+    return codes, scale.t().contiguous(), None if offset is None else offset.t().contiguous()
+
+
+def operands(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Operands:
+    """Prepare codes of 4 or 8 bits: int32 [K, N/8] or int8 [K, N], scale and offset [G, N] of `dtype`."""
+    codes, scale, offset = signed(weight)
+    features = codes.t().contiguous().to(device)
+    if weight.bits == 4:
+        features = ops.npu_convert_weight_to_int4pack(features.int())
+    operand = device_layout(
+        features,
+        scale=scale,
+        offset=offset,
+        group_size=weight.group_size,
+        dtype=dtype,
+        values=weight.dequantize() if dtype is torch.float32 else None,
+    )
+    scale = scale.to(device=device, dtype=dtype)
+    offset = None if offset is None else offset.to(device=device, dtype=dtype)
+    nbytes = held_bytes(operand) + sum(t.nbytes for t in (scale, offset) if t is not None)
+    # One group is the operator's per-channel form, which it names 0.
+    group_size = 0 if scale.shape[0] == 1 else weight.group_size
+    return Operands(operand, scale, offset, group_size, nbytes)
+
+
+def linear(x: Tensor, weight: Operands) -> Tensor:
+    """[T, K] -> [T, N]."""
+    return ops.npu_weight_quant_batchmatmul(  # type: ignore[no-any-return]
+        x, weight.weight, weight.scale, weight.offset, antiquant_group_size=weight.group_size
+    )

@@ -1,0 +1,68 @@
+"""Schema strings as the dispatcher of the torch_npu 2.13.0 wheel prints them."""
+
+SCHEMAS = {
+    "npu::npu_rms_norm": (
+        "npu::npu_rms_norm(Tensor input, Tensor gamma, float epsilon=9.9999999999999995e-07) -> (Tensor, "
+        "Tensor)"
+    ),
+    "npu::npu_add_rms_norm": (
+        "npu::npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, "
+        "float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor, Tensor)"
+    ),
+    "npu::npu_gemma_rms_norm": (
+        "npu::npu_gemma_rms_norm(Tensor input, Tensor gamma, "
+        "float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor)"
+    ),
+    "npu::npu_rotary_mul": (
+        'npu::npu_rotary_mul(Tensor input, Tensor r1, Tensor r2, str rotary_mode="half", '
+        "Tensor? rotate=None) -> Tensor"
+    ),
+    "npu::npu_swiglu": ("npu::npu_swiglu(Tensor input, int dim=-1) -> Tensor"),
+    "npu::npu_geglu": (
+        "npu::npu_geglu(Tensor input, int dim=-1, int approximate=1, "
+        "bool activate_left=False) -> (Tensor, Tensor)"
+    ),
+    "npu::npu_gelu_mul": ('npu::npu_gelu_mul(Tensor input, *, str approximate="none") -> Tensor'),
+    "npu::npu_format_cast": (
+        "npu::npu_format_cast(Tensor input, int acl_format, *, int? customize_dtype=None, "
+        "int? input_dtype=None) -> Tensor"
+    ),
+    "npu::npu_format_cast.Tensor": (
+        "npu::npu_format_cast.Tensor(Tensor input, Tensor dst, *, int? customize_dtype=None, "
+        "int? input_dtype=None) -> Tensor"
+    ),
+    "npu::npu_convert_weight_to_int4pack": (
+        "npu::npu_convert_weight_to_int4pack(Tensor weight, int inner_k_tiles=0) -> Tensor"
+    ),
+    "npu::npu_weight_quant_batchmatmul": (
+        "npu::npu_weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale, "
+        "Tensor? antiquant_offset=None, Tensor? quant_scale=None, Tensor? quant_offset=None, "
+        "Tensor? bias=None, int antiquant_group_size=0, int inner_precise=0, "
+        "int? weight_dtype=None) -> Tensor"
+    ),
+    "npu::npu_fused_infer_attention_score": (
+        "npu::npu_fused_infer_attention_score(Tensor query, Tensor key, Tensor value, *, "
+        "Tensor? pse_shift=None, Tensor? atten_mask=None, SymInt[]? actual_seq_lengths=None, "
+        "SymInt[]? actual_seq_lengths_kv=None, Tensor? dequant_scale1=None, Tensor? quant_scale1=None, "
+        "Tensor? dequant_scale2=None, Tensor? quant_scale2=None, Tensor? quant_offset2=None, "
+        "Tensor? antiquant_scale=None, Tensor? antiquant_offset=None, Tensor? key_antiquant_scale=None, "
+        "Tensor? key_antiquant_offset=None, Tensor? value_antiquant_scale=None, "
+        "Tensor? value_antiquant_offset=None, Tensor? block_table=None, Tensor? query_padding_size=None, "
+        "Tensor? kv_padding_size=None, Tensor? key_shared_prefix=None, Tensor? value_shared_prefix=None, "
+        "SymInt[]? actual_shared_prefix_len=None, Tensor? query_rope=None, Tensor? key_rope=None, "
+        "Tensor? key_rope_antiquant_scale=None, int num_heads=1, float scale=1., "
+        'int pre_tokens=2147483647, int next_tokens=2147483647, str input_layout="BSH", '
+        "int num_key_value_heads=0, int sparse_mode=0, int inner_precise=0, int block_size=0, "
+        "int antiquant_mode=0, int key_antiquant_mode=0, int value_antiquant_mode=0, "
+        "bool softmax_lse_flag=False) -> (Tensor, Tensor)"
+    ),
+    "atb::_npu_reshape_and_cache": (
+        "atb::_npu_reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, "
+        "Tensor(b!) value_cache, Tensor slot_indices) -> ()"
+    ),
+    "atb::_npu_paged_attention": (
+        "atb::_npu_paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, int num_kv_heads, "
+        "int num_heads, float scale_value, Tensor block_table, Tensor context_lens, Tensor(a!) out, *, "
+        "Tensor? workspace=None) -> ()"
+    ),
+}
