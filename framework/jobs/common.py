@@ -1,0 +1,77 @@
+"""What several jobs begin with: the checkpoint of a recipe, opened and checked; the device; the exit of a check."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from framework.capability.table import read_table
+from framework.checkpoint.open import open_index
+from framework.errors import Problem, Refused
+from framework.planning.check import Checked, check
+from framework.recipe.compose import conf_dir
+from framework.recipe.schema import Recipe
+from framework.recipe.sources import resolve
+from framework.report.progress import transfer_progress
+
+
+def open_checked(recipe: Recipe) -> Checked:
+    """Bring the model here if it is elsewhere, open its headers, check the recipe against them.
+
+    Raises:
+        UserError: the source cannot be had, or the headers cannot be read or understood.
+    """
+    with transfer_progress() as progress:
+        path = resolve(recipe.model.path, sha256=recipe.model.sha256, progress=progress)
+    table = read_table(conf_dir() / "capability", recipe.capability.table)
+    return check(recipe, open_index(Path(path)), table)
+
+
+def resolve_device(recipe: Recipe) -> str:
+    """Return cpu or npu. `npu` never falls back; `auto` takes NPUs where torch_npu and device nodes are present.
+
+    Raises:
+        Refused: `device-absent`.
+    """
+    asked = recipe.runtime.device
+    nodes = list(Path("/dev").glob("davinci[0-9]*"))
+    installed = importlib.util.find_spec("torch_npu") is not None
+    if asked == "auto":
+        return "npu" if nodes and installed else "cpu"
+    if asked == "npu" and not (nodes and installed):
+        missing = "torch_npu is not installed" if not installed else "there is no /dev/davinci* here"
+        raise Refused(
+            Problem(
+                "device-absent",
+                "this recipe asks for NPUs, none is usable",
+                recipe.origins.get("runtime.device", "runtime.device"),
+                missing,
+                "run job=doctor   or   runtime.device=cpu",
+            )
+        )
+    return str(asked)
+
+
+def command_of(recipe: Recipe) -> str:
+    """The command that runs this recipe, without its job."""
+    return f"python launch.py recipe={recipe.name}"
+
+
+def options(recipe: Recipe) -> Mapping[str, Any]:
+    """The job's options."""
+    return recipe.job.options
+
+
+def emit(text: str) -> None:
+    """Write a document to standard output."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+def emit_json(document: Any) -> None:  # noqa: ANN401
+    """Write the one JSON document of a job to standard output."""
+    emit(json.dumps(document, ensure_ascii=False))

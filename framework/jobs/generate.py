@@ -1,0 +1,133 @@
+"""job=generate: prompts to streamed text and results.jsonl. The driver imports no torch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from framework.cluster.session import Session, open_session
+from framework.engine.request import Finished, Request, SamplingParams, TokenEvent
+from framework.errors import Refused
+from framework.jobs import run_dir
+from framework.jobs.common import open_checked, options, resolve_device
+from framework.jobs.prompts import Prompt, read_prompts
+from framework.planning.make import make_plan
+from framework.planning.plan import Plan
+from framework.recipe.schema import Recipe
+from framework.report.generate import closing, first_line, ready_line
+from framework.report.progress import transfer_progress, waiting
+from framework.text.tokenizer import load_tokenizer
+
+
+def run(recipe: Recipe) -> int:
+    """Generate. Returns 0, or raises what the command line turns into its exit status."""
+    start = time.perf_counter()
+    checked = open_checked(recipe)
+    if checked.problems:
+        raise Refused(checked.problems)
+    plan = make_plan(checked, resolve_device(recipe))
+    _note(first_line(plan.to_json()))
+    tokenizer = load_tokenizer(checked.index)
+    prompts = read_prompts(recipe, tokenizer, plan.runtime.context)
+    run = run_dir.create(recipe, plan)
+    with waiting("starting ranks") as say, open_session(recipe.cluster, plan) as session:
+        load_s = load_with_progress(session, plan, say, tokenizer.to_json())
+        held = session.call("bytes_held")
+        _note(ready_line(load_s, held, plan.to_json()))
+        say("")
+        stream = _Stream(run, prompts)
+        begin = time.perf_counter()
+        for events in session.stream("generate", requests(recipe, prompts)):
+            stream.take(events)
+        generate_s = time.perf_counter() - begin
+    tokens = sum(len(result["token_ids"]) for result in stream.results.values())
+    metrics = {
+        "load_s": load_s,
+        "generate_s": generate_s,
+        "total_s": time.perf_counter() - start,
+        "tokens": tokens,
+        "ttft_s": min(r["ttft_s"] for r in stream.results.values()),
+        "aggregate_tok_s": tokens / generate_s,
+        "bytes_per_rank": held,
+        "device": plan.runtime.device,
+    }
+    run.write_json("metrics.json", metrics)
+    results = [stream.results[i] for i in range(len(prompts))]
+    _note(closing(results, metrics, plan.to_json(), str(run.path / "results.jsonl")))
+    return 0
+
+
+def load_with_progress(session: Session, plan: Plan, say: Any, tokenizer_json: str | None) -> float:  # noqa: ANN401
+    """Load the plan on all ranks; returns seconds."""
+    begin = time.perf_counter()
+    say("loading")
+    with transfer_progress() as report:
+        session.load(plan, tokenizer_json, lambda done, total: report("load", done, total))
+    return time.perf_counter() - begin
+
+
+def requests(recipe: Recipe, prompts: list[Prompt]) -> list[Request]:
+    """One request per prompt, with the job's sampling options."""
+    chosen = options(recipe)
+    sampling = SamplingParams(
+        max_new_tokens=int(chosen["max_new_tokens"]),
+        temperature=float(chosen["temperature"]),
+        top_k=int(chosen["top_k"]),
+        top_p=float(chosen["top_p"]),
+        min_p=float(chosen["min_p"]),
+        repetition_penalty=float(chosen["repetition_penalty"]),
+        stop=tuple(chosen["stop"]),
+        seed=int(recipe.runtime.seed),
+        logprobs=int(chosen["logprobs"]),
+    )
+    return [Request(i, prompt.ids, sampling) for i, prompt in enumerate(prompts)]
+
+
+@dataclass
+class _Stream:
+    """Writes text as it comes: the first unfinished prompt live, the others when their turn comes."""
+
+    run: run_dir.RunDirectory
+    prompts: list[Prompt]
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    waiting: dict[int, list[str]] = field(default_factory=dict)
+    current: int = 0
+
+    def take(self, events: list[TokenEvent | Finished]) -> None:
+        for event in events:
+            if isinstance(event, TokenEvent):
+                self._text(event.index, event.text)
+            else:
+                self._finish(event)
+        sys.stdout.flush()
+
+    def _text(self, index: int, text: str) -> None:
+        if index == self.current:
+            sys.stdout.write(text)
+        else:
+            self.waiting.setdefault(index, []).append(text)
+
+    def _finish(self, event: Finished) -> None:
+        self.results[event.index] = {
+            "index": event.index,
+            "prompt": self.prompts[event.index].text,
+            "text": event.text,
+            "token_ids": event.token_ids,
+            "finish_reason": event.finish_reason,
+            "prompt_tokens": event.prompt_tokens,
+            "ttft_s": event.ttft_s,
+            "tok_s": event.tok_s,
+        }
+        while self.current in self.results:
+            self.run.append_line("results.jsonl", self.results[self.current])
+            sys.stdout.write("\n")
+            self.current += 1
+            if self.current < len(self.prompts):
+                sys.stdout.write("\n" + "".join(self.waiting.pop(self.current, [])))
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,180 @@
+"""job=verify: is my deployment right? Logits against a reference file or another recipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from framework.cluster.session import open_session
+from framework.errors import InputError, Problem, Refused
+from framework.geometry import Split
+from framework.jobs import run_dir
+from framework.jobs.common import emit, emit_json, open_checked, options, resolve_device
+from framework.jobs.compare import compare
+from framework.jobs.generate import load_with_progress
+from framework.jobs.reference import Reference, read_reference
+from framework.planning.make import make_plan
+from framework.planning.plan import Plan
+from framework.recipe.compose import compose
+from framework.recipe.schema import LayerRule, Recipe
+from framework.report.progress import waiting
+from framework.report.verify import verify_markdown, verify_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+DEFAULT_TOLERANCE = {"float32": 1e-3}  # of the largest absolute reference logit; else 5e-2
+# a text of several scripts and a piece of code, for two recipes that bring no prompt of their own
+TEXT = "The quick brown fox jumps over the lazy dog.\ndef fib(n): return n if n < 2 else fib(n-1) + fib(n-2)\n"
+
+
+def run(recipe: Recipe) -> int:
+    """Verify and report. Returns 0 when every prompt holds, else 1."""
+    start = time.perf_counter()
+    chosen = options(recipe)
+    plan = plan_of(recipe)
+    references = _references(recipe, plan)
+    logits = scores(recipe, plan, [r.ids for r in references])
+    prompts = [_compare(ours, r) for ours, r in zip(logits, references, strict=True)]
+    largest = max(float(abs(r.logits).max()) for r in references)
+    tolerance = chosen["tolerance"]
+    if tolerance is None:
+        scale = largest if chosen["metric"] == "max_abs" else 1.0
+        tolerance = DEFAULT_TOLERANCE.get(recipe.runtime.dtype, 5e-2) * scale
+    ok = [
+        p[chosen["metric"]] <= float(tolerance) and p["top1"] >= float(chosen["min_top1"]) for p in prompts
+    ]
+    document: dict[str, Any] = {
+        "ok": all(ok),
+        "metric": chosen["metric"],
+        "prompts": prompts,
+        "tolerance": float(tolerance),
+    }
+    if chosen["per_module"]:
+        document["modules"] = _per_module(recipe, plan, references[0].ids)
+    run = run_dir.create(recipe, plan)
+    run.write_json("verify.json", document)
+    run.write_json("metrics.json", {"total_s": time.perf_counter() - start, "ok": document["ok"]})
+    against = chosen["reference"] or chosen["against"]
+    match chosen["format"]:
+        case "json":
+            emit_json(document)
+        case "markdown":
+            emit(verify_markdown(document))
+        case _:
+            emit(verify_text(document, plan.to_json(), ok, str(against), float(chosen["min_top1"])))
+    return 0 if document["ok"] else 1
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """Check a recipe and plan it for the device that is here."""
+    checked = open_checked(recipe)
+    if checked.problems:
+        raise Refused(checked.problems)
+    return make_plan(checked, resolve_device(recipe))
+
+
+def scores(recipe: Recipe, plan: Plan, prompts: Sequence[list[int]]) -> list[Array]:
+    """Load the plan and return the logits [T, vocab] of all positions of each prompt."""
+    with waiting("starting ranks") as say, open_session(recipe.cluster, plan) as session:
+        load_with_progress(session, plan, say, None)
+        say("computing logits")
+        return [session.call("score", ids)[0] for ids in prompts]
+
+
+def _compare(ours: Array, reference: Reference) -> dict[str, Any]:
+    if ours.shape != reference.logits.shape:
+        raise InputError(
+            Problem(
+                "reference-mismatch",
+                f"the reference has logits of shape {list(reference.logits.shape)}, the model {list(ours.shape)}",
+                "job.reference",
+                "they are of different vocabularies",
+                "a reference made with this tokenizer, or job.logits_key=",
+            )
+        )
+    return compare(ours, reference.logits)
+
+
+def _references(recipe: Recipe, plan: Plan) -> list[Reference]:
+    chosen = options(recipe)
+    if not chosen["reference"] and not chosen["against"]:
+        raise InputError(
+            Problem(
+                "reference-missing",
+                "there is nothing to verify against",
+                "job.reference and job.against are empty",
+                fix="job.reference=FILE.npz   or   job.against=RECIPE",
+            )
+        )
+    given = read_reference(Path(chosen["reference"]), chosen["logits_key"]) if chosen["reference"] else []
+    for i, reference in enumerate(given):
+        if max(reference.ids) >= plan.spec.vocab or len(reference.ids) > plan.runtime.context:
+            raise InputError(
+                Problem(
+                    "reference-mismatch",
+                    f"prompt {i} of the reference does not fit the model",
+                    "job.reference",
+                    f"{len(reference.ids)} tokens of a context of {plan.runtime.context}, largest id "
+                    f"{max(reference.ids)} of {plan.spec.vocab}",
+                )
+            )
+    if not chosen["against"]:
+        return given
+    other = compose([f"recipe={chosen['against']}", "job=verify"])
+    other_plan = plan_of(other)
+    prompts = [r.ids for r in given] or [_default_ids(recipe, plan.spec.vocab)]
+    return [Reference(ids, logits) for ids, logits in zip(prompts, scores(other, other_plan, prompts), strict=True)]
+
+
+def _default_ids(recipe: Recipe, vocab: int) -> list[int]:
+    from framework.text.tokenizer import load_tokenizer
+
+    try:
+        return load_tokenizer(open_checked(recipe).index).encode(TEXT, add_special=True)
+    except InputError:
+        # no tokenizer: any ids will do, both recipes get the same
+        return [(7919 * i + 17) % vocab for i in range(64)]
+
+
+def _per_module(recipe: Recipe, plan: Plan, ids: list[int]) -> list[dict[str, Any]]:
+    """Compare every module's output with the same file dequantized, in fp32, on one rank."""
+    exact = replace(
+        recipe,
+        quantization=replace(recipe.quantization, layers=(LayerRule(pattern="*", scheme="float"),)),
+        parallel=replace(recipe.parallel, tp_size=1),
+        runtime=replace(recipe.runtime, dtype="float32", device="cpu"),
+    )
+    expected = _trace(exact, plan_of(exact), ids)
+    rows = []
+    for name, ours in _trace(recipe, plan, ids).items():
+        distance = abs(ours - expected[name]).max() / max(abs(expected[name]).max(), 1e-30)
+        rows.append({"name": name, "max_abs": float(abs(ours - expected[name]).max()), "relative": float(distance)})
+    return rows
+
+
+def _trace(recipe: Recipe, plan: Plan, ids: list[int]) -> dict[str, Array]:
+    """Run one prompt and return each linear module's whole output [T, N], put together from the ranks'."""
+    import numpy as np
+
+    with waiting("tracing modules") as say, open_session(recipe.cluster, plan) as session:
+        load_with_progress(session, plan, say, None)
+        parts = session.call("trace", ids)
+    outputs = {}
+    for planned in plan.modules:
+        name = planned.module.name
+        if name not in parts[0]:
+            continue
+        if planned.split in (Split.COLUMN, Split.VOCAB):
+            whole = np.zeros((len(ids), planned.module.shape[0]), np.float32)
+            for rect, part in zip(planned.shards, parts, strict=True):
+                whole[:, rect.n0 : rect.n1] = part[name]
+        else:
+            whole = parts[0][name]
+        outputs[name] = whole
+    return outputs

@@ -1,0 +1,42 @@
+"""From a plan to a model that runs on this rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from framework import ops
+from framework.checkpoint.open import open_index
+from framework.checkpoint.reader import Reader
+from framework.engine.cache import KVCache
+from framework.formats.registry import decoder
+from framework.layers.group import Group
+from framework.loading.model import LoadedModel
+from framework.loading.weights import Progress, RankWeights
+from framework.models.decoder import Decoder
+from framework.planning.plan import Plan
+
+
+def load(plan: Plan, group: Group, progress: Progress) -> LoadedModel:
+    """Read this rank's rectangles, build the model and its cache.
+
+    Raises:
+        UserError: the checkpoint changed or broke since it was checked.
+    """
+    ops.ensure_registered(plan.runtime.device)
+    device = torch.device("cpu" if plan.runtime.device == "cpu" else "npu:0")
+    share = plan.ranks[group.rank].heads
+    index = open_index(Path(plan.checkpoint))
+    with Reader() as reader, torch.inference_mode():
+        weights = RankWeights(plan, index, reader, decoder(plan.format), group, device, progress)
+        model = Decoder(plan.spec, share, weights, group, plan.runtime.context).eval()
+    cache = KVCache(
+        plan.spec.layers,
+        plan.runtime.cache_pages,
+        share.kv1 - share.kv0,
+        plan.spec.head_dim,
+        weights.dtype,
+        device,
+    )
+    return LoadedModel(plan, model, cache, group, weights.prepared_bytes)

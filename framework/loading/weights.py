@@ -1,0 +1,139 @@
+"""A rank's weights: rectangles of the plan, read, decoded, prepared by their schemes. Implements models.Weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from framework.checkpoint.index import Index
+from framework.checkpoint.reader import Reader
+from framework.formats.base import Decoder
+from framework.geometry import Split
+from framework.layers.group import Group
+from framework.layers.linear import ParallelLinear, Part
+from framework.planning.plan import Plan, PlannedModule
+from framework.quantization.registry import SCHEMES
+from framework.quantization.tensor import QuantTensor, concat
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class RankWeights:
+    """Reads what `plan` gives to `group.rank`; nothing is decided here.
+
+    `prepared_bytes` counts what the schemes hold; `progress` hears of bytes read against this rank's share.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        index: Index,
+        reader: Reader,
+        decoder: Decoder,
+        group: Group,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.index, self.reader, self.decoder, self.group = plan, index, reader, decoder, group
+        self.device = device
+        self.dtype = getattr(torch, plan.runtime.dtype)
+        self.planned = {m.module.name: m for m in plan.modules}
+        self.progress = progress
+        self.prepared_bytes = 0
+        self._embeddings: dict[str, Tensor] = {}
+        self._total = sum(m.shards[group.rank].size for m in plan.modules)
+        self._done = 0
+
+    def linear(self, *names: str) -> ParallelLinear:
+        """Return the layer of one module, or of several over one input: equal schemes fused to one matmul."""
+        planned = [self.planned[name] for name in names]
+        bias = self._bias(planned)
+        tied = self._tied(planned[0])
+        if tied is not None:
+            parts = [self._prepare("float", QuantTensor(tied))]
+        else:
+            decoded = [(p.scheme, self._decode(p)) for p in planned]
+            parts = [
+                self._prepare(kind[0], concat([weight for _, weight in group]))
+                for kind, group in groupby(decoded, key=lambda pair: _fusable(*pair))
+            ]
+        layer = ParallelLinear(
+            parts,
+            bias,
+            planned[0].split,
+            self.group,
+            in_sizes=self._in_sizes(planned[0]),
+            out_sizes=[sum(p.shards[r].shape[0] for p in planned) for r in range(self.group.size)],
+        )
+        self.prepared_bytes += layer.nbytes if tied is None else 0
+        return layer
+
+    def vector(self, name: str) -> Tensor:
+        """Return a norm weight [H] in the model's dtype."""
+        planned = self.planned[name]
+        weight = self._decode(planned).codes.flatten().to(self.dtype).to(self.device)
+        self.prepared_bytes += weight.nbytes
+        return weight
+
+    def embedding(self, name: str) -> tuple[Tensor, int]:
+        """Return this rank's rows in the model's dtype, and the first row's index."""
+        planned = self.planned[name]
+        weight = self._decode(planned).codes.to(self.dtype).to(self.device)
+        self.prepared_bytes += weight.nbytes
+        self._embeddings[name] = weight
+        return weight, planned.shards[self.group.rank].n0
+
+    def rope_divisors(self) -> Tensor | None:
+        """Return the rotary divisors that the file carries (GGUF llama 3)."""
+        info = self.index.tensors.get("rope_freqs.weight") if self.plan.spec.rope.from_file else None
+        if info is None:
+            return None
+        return torch.from_numpy(self.reader.read(info, 0, 1).reshape(-1).view("<f4").copy())
+
+    def _decode(self, planned: PlannedModule) -> QuantTensor:
+        rect = planned.shards[self.group.rank]
+        weight = self.decoder.decode(
+            planned.module, rect, planned.scheme, self.index, self.reader, dtype=self.dtype
+        )
+        self._done += rect.size
+        self.progress(self._done, self._total)
+        return weight
+
+    def _prepare(self, scheme_name: str, weight: QuantTensor) -> Part:
+        scheme = SCHEMES[scheme_name]
+        operands = scheme.prepare(weight, dtype=self.dtype, device=self.device)
+        return Part(lambda x, apply=scheme.linear, held=operands: apply(x, held), operands.nbytes)
+
+    def _tied(self, planned: PlannedModule) -> Tensor | None:
+        if planned.module.tied_to and planned.scheme == "float":
+            return self._embeddings[planned.module.tied_to]
+        return None
+
+    def _bias(self, planned: list[PlannedModule]) -> Tensor | None:
+        if not any(p.module.bias for p in planned):
+            return None
+        parts = []
+        for p in planned:
+            rect = p.shards[self.group.rank] if p.split is Split.COLUMN else p.module.full
+            parts.append(self.decoder.bias(p.module, rect, self.index, self.reader))
+        return torch.cat(parts).to(self.dtype).to(self.device)
+
+    def _in_sizes(self, planned: PlannedModule) -> list[int]:
+        """Every rank's share of the input features, as the layer before made them."""
+        module, k = planned.module, planned.module.shape[1]
+        if planned.split is Split.ROWS_GATHER:
+            return self._axis_sizes(module.axis, module.unit)
+        return [k] * self.group.size
+
+    def _axis_sizes(self, axis: str, unit: int) -> list[int]:
+        peer = next(
+            m for m in self.plan.modules if m.module.axis == axis and m.split in (Split.COLUMN, Split.VOCAB)
+        )
+        return [rect.shape[0] // peer.module.unit * unit for rect in peer.shards]
+
+
+def _fusable(scheme: str, weight: QuantTensor) -> tuple[str, bool, bool, int]:
+    return scheme, weight.zero is None, weight.minimum is None, weight.group_size
