@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from framework import ops
+from framework.ops.register import ensure_registered
 from framework.checkpoint.open import open_index
 from framework.checkpoint.reader import Reader
 from framework.engine.cache import KVCache
@@ -24,7 +24,7 @@ def load(plan: Plan, group: Group, progress: Progress) -> LoadedModel:
     Raises:
         UserError: the checkpoint changed or broke since it was checked.
     """
-    ops.ensure_registered(plan.runtime.device)
+    ensure_registered(plan.runtime.device)
     device = torch.device("cpu" if plan.runtime.device == "cpu" else "npu:0")
     share = plan.ranks[group.rank].heads
     index = open_index(Path(plan.checkpoint))

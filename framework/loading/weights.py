@@ -67,6 +67,8 @@ class RankWeights:
             self.group,
             in_sizes=self._in_sizes(planned[0]),
             out_sizes=[sum(p.shards[r].shape[0] for p in planned) for r in range(self.group.size)],
+            names=names,
+            widths=[self._width(p) for p in planned],
         )
         self.prepared_bytes += layer.nbytes if tied is None else 0
         return layer
@@ -120,6 +122,10 @@ class RankWeights:
             rect = p.shards[self.group.rank] if p.split is Split.COLUMN else p.module.full
             parts.append(self.decoder.bias(p.module, rect, self.index, self.reader))
         return torch.cat(parts).to(self.dtype).to(self.device)
+
+    def _width(self, planned: PlannedModule) -> int:
+        whole = planned.split in (Split.ROW, Split.ROWS_GATHER, Split.REPLICATED)
+        return planned.module.shape[0] if whole else planned.shards[self.group.rank].shape[0]
 
     def _in_sizes(self, planned: PlannedModule) -> list[int]:
         """Every rank's share of the input features, as the layer before made them."""

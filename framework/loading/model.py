@@ -1,0 +1,88 @@
+"""A loaded model on one rank: what the driver may ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from framework.engine.cache import KVCache
+from framework.engine.loop import Engine
+from framework.engine.request import Finished, Request, TokenEvent
+from framework.layers.group import Group
+from framework.layers.linear import ParallelLinear
+from framework.models.decoder import Decoder
+from framework.planning.plan import Plan
+from framework.text.tokenizer import Tokenizer
+
+
+class LoadedModel:
+    """Decoder, cache and engine of one rank. Rank 0's answers are the model's; the others keep step."""
+
+    def __init__(self, plan: Plan, model: Decoder, cache: KVCache, group: Group, held: int) -> None:
+        self.plan, self.model, self.cache, self.group = plan, model, cache, group
+        self._held = held
+        self._engine = self._make_engine(None)
+
+    def set_tokenizer(self, tokenizer_json: str | None) -> None:
+        """Give rank 0 the tokenizer that stop strings and streamed text need."""
+        tokenizer = Tokenizer.from_json(tokenizer_json) if tokenizer_json and self.group.rank == 0 else None
+        self._engine = self._make_engine(tokenizer)
+
+    def _make_engine(self, tokenizer: Tokenizer | None) -> Engine:
+        runtime = self.plan.runtime
+        return Engine(
+            self.model,
+            self.cache,
+            tokenizer,
+            self.group,
+            max_batch=runtime.max_batch,
+            chunk_tokens=runtime.chunk_tokens,
+            eos_ids=self.plan.spec.eos_ids,
+        )
+
+    def bytes_held(self) -> int:
+        """Bytes of weights as the schemes hold them."""
+        return self._held
+
+    def generate(self, requests: list[Request]) -> Iterator[list[TokenEvent | Finished]]:
+        """Run requests as one continuously batched stream of events (empty lists on ranks but 0)."""
+        yield from self._engine.generate(requests)
+
+    def score(self, token_ids: list[int]) -> np.ndarray[Any, Any]:
+        """Return fp32 logits [T, vocab] of every position."""
+        return self._engine.score(token_ids).numpy()
+
+    def score_stepwise(self, token_ids: list[int]) -> np.ndarray[Any, Any]:
+        """The same by decoding token after token through the cache."""
+        return self._engine.score_stepwise(token_ids).numpy()
+
+    def trace(self, token_ids: list[int]) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the output [T, N of this rank] fp32 of every linear module of one forward pass."""
+        outputs: dict[str, np.ndarray[Any, Any]] = {}
+        hooks = [
+            layer.register_forward_hook(_recorder(layer, outputs))
+            for layer in self.model.modules()
+            if isinstance(layer, ParallelLinear)
+        ]
+        try:
+            self._engine.score(token_ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+
+def _recorder(layer: ParallelLinear, outputs: dict[str, np.ndarray[Any, Any]]) -> Any:  # noqa: ANN401
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        parts = output.float().split(layer.widths, dim=-1)
+        for name, part in zip(layer.names, parts, strict=True):
+            rows = part.cpu().numpy()
+            outputs[name] = np.concatenate([outputs[name], rows]) if name in outputs else rows.copy()
+
+    return record
+
+
+
