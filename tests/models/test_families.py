@@ -1,0 +1,76 @@
+"""Every family equals transformers in fp32, at every position, for even and uneven tensor parallelism."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from framework.loading.load import load
+from tests.plans import plan_for
+from tests.threads import on_ranks
+
+COMMON = dict(
+    vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=3, max_position_embeddings=256,
+    num_attention_heads=6, num_key_value_heads=3, head_dim=16,
+)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama-tied-bias": ("Llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "llama-llama3-rope": ("Llama", dict(rope_parameters=LLAMA3)),
+    "llama-linear-rope": ("Llama", dict(rope_parameters=LINEAR)),
+    "llama-yarn-rope": ("Llama", dict(rope_parameters=YARN)),
+    "mistral-sliding": ("Mistral", dict(sliding_window=8)),
+    "qwen2-bias": ("Qwen2", {}),
+    "qwen2-sliding": ("Qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
+    "qwen3": ("Qwen3", {}),
+    "qwen3-odd-heads": ("Qwen3", dict(num_attention_heads=5, num_key_value_heads=1)),
+    "gemma3": ("Gemma3Text", dict(sliding_window=8, query_pre_attn_scalar=24, layer_types=[
+        "sliding_attention", "full_attention", "sliding_attention"])),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    made = {}
+
+    def make(name):
+        if name not in made:
+            torch.manual_seed(0)
+            kind, changes = FAMILIES[name]
+            config = getattr(transformers, f"{kind}Config")(**(COMMON | changes), eos_token_id=1, pad_token_id=0)
+            model_class = kind.replace("Text", "")
+            model = getattr(transformers, f"{model_class}ForCausalLM")(config).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.normal_(0, 0.08) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+            folder = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder)
+            ids = torch.randint(2, 160, (1, 40))
+            with torch.no_grad():
+                logits = model(ids).logits[0].numpy()
+            made[name] = folder, ids[0].tolist(), logits
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers_in_prefill_and_step_by_step(checkpoints, family, tp_size):
+    folder, ids, expected = checkpoints(family)
+    plan = plan_for(folder, tp_size=tp_size, dtype="float32")
+
+    def work(group):
+        model = load(plan, group, lambda done, total: None)
+        return model.score(ids), model.score_stepwise(ids)
+
+    prefill, stepwise = on_ranks(tp_size, work)[0]
+    spread = expected.max() - expected.min()
+    assert np.abs(prefill - expected).max() <= 1e-4 * spread
+    assert np.abs(stepwise - expected).max() <= 1e-4 * spread
