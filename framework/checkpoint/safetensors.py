@@ -1,0 +1,161 @@
+"""Safetensors headers: one file, or a folder with one or many, with or without an index."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from framework.checkpoint.gguf import check_ranges, malformed, truncated
+from framework.checkpoint.index import Index, TensorInfo
+from framework.errors import InputError, Problem
+
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+}  # fmt: skip
+INDEX_NAME = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_header(path: Path) -> tuple[dict[str, str], list[TensorInfo]]:
+    """Read one file's header: its `__metadata__` and its tensors.
+
+    Raises:
+        InputError: `file-truncated`, `file-malformed`.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise truncated(path, f"the header takes {length} bytes, the file has {max(size - 8, 0)} after its length")
+        if length > _MAX_HEADER_BYTES:
+            raise malformed(path, f"a header of {length} bytes is not read", "the limit is 100 MB")
+        header = _json(path, file.read(length))
+    if not isinstance(header, dict):
+        raise malformed(path, "the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    start = 8 + length
+    infos = [_info(path, name, entry, start) for name, entry in header.items()]
+    check_ranges(path, infos, start, size)
+    return metadata if isinstance(metadata, dict) else {}, infos
+
+
+def _info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:  # noqa: ANN401
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise malformed(path, f"the entry of {name} lacks dtype, shape or data_offsets") from error
+    whole = all(isinstance(number, int) and not isinstance(number, bool) for number in (*shape, begin, end))
+    if not whole or min((*shape, begin, end), default=0) < 0:
+        raise malformed(path, f"shape or offsets of {name} are no whole numbers")
+    if dtype not in DTYPE_BYTES:
+        raise malformed(path, f"{name} has the unknown dtype {dtype!r}")
+    if end - begin != prod(shape) * DTYPE_BYTES[dtype]:
+        raise malformed(path, f"{name} takes {end - begin} bytes, its shape {list(shape)} of {dtype} needs "
+                        f"{prod(shape) * DTYPE_BYTES[dtype]}")  # fmt: skip
+    return TensorInfo(name, path, start + begin, end - begin, dtype, shape)
+
+
+def read_index(path: Path) -> Index:
+    """Index a .safetensors file or a folder of them, with its config.json.
+
+    Raises:
+        InputError: `pickle-refused`, `file-missing`, `file-malformed`, `file-truncated`, `weight-map`.
+    """
+    if path.is_file():
+        _, infos = read_header(path)
+        return Index(path, "safetensors", {info.name: info for info in infos}, files=(path,), config=_config(path.parent))
+    files = _files(path)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for info in read_header(file)[1]:
+            if info.name in tensors:
+                raise malformed(file, f"tensor {info.name} stands in {tensors[info.name].file.name}, too")
+            tensors[info.name] = info
+    config = _config(path)
+    notes = []
+    if config and "auto_map" in config:
+        notes.append("auto_map in config.json is ignored: code from a checkpoint is never run")
+    _check_weight_map(path, tensors)
+    return Index(path, "safetensors", tensors, config=config, files=tuple(files), notes=tuple(notes))
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX_NAME).is_file():
+        names = sorted(set(_weight_map(folder).values()))
+        for name in names:
+            if Path(name).is_absolute() or ".." in Path(name).parts or not name.endswith(".safetensors"):
+                raise InputError(
+                    Problem("weight-map", f"the index names {name!r} as a file", str(folder / INDEX_NAME),
+                            "file names must be relative, inside the folder and end in .safetensors",
+                            "do not use this checkpoint unless you trust where it came from")
+                )  # fmt: skip
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise InputError(
+                Problem("file-missing", f"{len(missing)} of {len(names)} weight files are not there", str(folder),
+                        f"missing: {', '.join(missing[:4])}", "fetch the checkpoint again: it is incomplete")
+            )  # fmt: skip
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+        if pickles:
+            raise pickle_refused(folder / pickles[0])
+        raise InputError(
+            Problem("file-missing", "the folder holds no weights", str(folder), "no *.safetensors and no *.gguf in it",
+                    "model.path=/the/folder/with/the/weights")
+        )  # fmt: skip
+    return files
+
+
+def pickle_refused(path: Path) -> InputError:
+    """Pickled weights can run any code when they are loaded."""
+    return InputError(
+        Problem("pickle-refused", f"{path.name} is not read: pickled weights can run code", str(path),
+                "only safetensors and GGUF files are loaded",
+                "use the safetensors files of the model, or convert with safetensors.torch.save_file on a machine "
+                "you can lose")
+    )  # fmt: skip
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX_NAME
+    data = _json(path, path.read_bytes())
+    given = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
+        raise malformed(path, "it has no weight_map from tensor to file names")
+    return given
+
+
+def _check_weight_map(folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    if not (folder / INDEX_NAME).is_file():
+        return
+    for name, file in _weight_map(folder).items():
+        held = tensors.get(name)
+        if held is None or held.file.name != Path(file).name:
+            where = f"it is in {held.file.name}" if held else "no file has it"
+            raise InputError(
+                Problem("weight-map", f"the index says {name} is in {file}", str(folder / INDEX_NAME), where,
+                        "fetch the checkpoint again: index and files are of different releases")
+            )  # fmt: skip
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    data = _json(path, path.read_bytes())
+    if not isinstance(data, dict):
+        raise malformed(path, "config.json is not a JSON object")
+    return data
+
+
+def _json(path: Path, raw: bytes) -> Any:  # noqa: ANN401
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise malformed(path, f"it is not JSON: {error}") from error
