@@ -9,6 +9,9 @@ from framework.checkpoint.index import Index
 from framework.geometry import Module, Rect
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from framework.checkpoint.reader import Reader
     from framework.quantization.tensor import QuantTensor
 
@@ -43,6 +46,14 @@ class Layout(Protocol):
         """Return the tensors that this module must have in the file."""
         ...
 
+    def extras(self, index: Index) -> dict[str, list[TensorSpec]]:
+        """Return tensors that belong to no weight, by the name of what uses them."""
+        ...
+
+    def ignorable(self, name: str) -> str | None:
+        """Say why a tensor that no module uses may be left out, or None."""
+        ...
+
     def grain(self, module: Module, scheme: str, index: Index) -> tuple[int, int]:
         """Rows and columns that a cut must be a multiple of when the module keeps `scheme`."""
         ...
@@ -51,10 +62,15 @@ class Layout(Protocol):
 class Decoder(Protocol):
     """Bytes to a QuantTensor, for any rectangle that respects the layout's grain."""
 
-    def decode(self, module: Module, rect: Rect, scheme: str, index: Index, reader: Reader) -> QuantTensor:
-        """Return the rectangle of the module's weight in the form that `scheme` prepares from."""
+    def decode(
+        self, module: Module, rect: Rect, scheme: str, index: Index, reader: Reader, *, dtype: torch.dtype
+    ) -> QuantTensor:
+        """Return the rectangle of the module's weight in the form that `scheme` prepares from.
+
+        Float weights come in `dtype`, norms in fp32.
+        """
         ...
 
-    def bias(self, module: Module, rect: Rect, index: Index, reader: Reader) -> object:
+    def bias(self, module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
         """Return rows n0..n1 of the module's bias as an fp32 tensor."""
         ...

@@ -105,7 +105,7 @@ def check(recipe: Recipe, index: Index, table: Table) -> Checked:
     assigned, problems = assign(all_modules, _rules(recipe), layout, index)
     rows, row_of, row_problems = _judge_all(recipe, table, format_name, assigned)
     expected = {m.name: layout.tensors_of(m, index) for m in all_modules}
-    expected |= {name: specs for name, specs in layout.extras(spec, index).items()}
+    expected |= layout.extras(index)
     ledger = settle(index, expected, layout.ignorable)
     grains = {a.module.name: layout.grain(a.module, a.scheme, index) for a in assigned}
     cuts = cut(all_modules, grains, spec.heads, spec.kv_heads, recipe.parallel.tp_size)

@@ -1,0 +1,43 @@
+"""Float tensors of safetensors files to QuantTensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from framework.checkpoint.index import Index, TensorInfo
+from framework.checkpoint.reader import Reader
+from framework.formats.plain.layout import tensor_name
+from framework.geometry import Kind, Module, Rect
+from framework.quantization.tensor import QuantTensor
+
+TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+CHUNK_BYTES = 16 << 20
+
+
+def decode(
+    module: Module, rect: Rect, scheme: str, index: Index, reader: Reader, *, dtype: torch.dtype = torch.float32
+) -> QuantTensor:
+    """Return a rectangle of a module's weight in `dtype`."""
+    info = index.tensors[f"{tensor_name(module, index)}.weight"]
+    if module.kind is Kind.NORM:
+        return QuantTensor(_vector(info, reader)[rect.n0 : rect.n1].unsqueeze(1))
+    size = TYPES[info.dtype].itemsize
+    rows, columns = rect.shape
+    out = torch.empty(rows, columns, dtype=dtype)
+    step = max(1, CHUNK_BYTES // (columns * size))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        raw = reader.read(info, rect.n0 + start, rect.n0 + stop, rect.k0 * size, rect.k1 * size)
+        out[start:stop] = torch.from_numpy(raw).view(TYPES[info.dtype])
+    return QuantTensor(out)
+
+
+def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
+    """Return rows n0..n1 of a module's bias in fp32."""
+    info = index.tensors[f"{tensor_name(module, index)}.bias"]
+    return _vector(info, reader)[rect.n0 : rect.n1]
+
+
+def _vector(info: TensorInfo, reader: Reader) -> Tensor:
+    return torch.from_numpy(reader.read(info, 0, 1)).view(TYPES[info.dtype]).flatten().float()
