@@ -1,113 +1,67 @@
-"""Weight layouts: what `npu_weight_quant_batchmatmul` reads fastest on the device at hand."""
+"""The weight operand of `npu_weight_quant_batchmatmul`, in the layout that its device multiplies fastest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from framework import ops
+from framework.ops.cpu import packed
+
+# Codes widened to int32 at a time, for packing: 16 MB.
+_CHUNK_CODES = 1 << 22
 
 
-@dataclass(frozen=True, slots=True)
-class CpuWeight:
-    """The CPU's own form of a packed weight [K, N], carried by the tensor it shares its bytes with.
-
-    `kind`: `int4` or `int8` (codes of 8 bits as two codes of 4 bits), or `dense`.
-    `codes`: torch's int4pack bytes [N, K/2] (int8: [N, K]), or the fp32 weight [N, K].
-    `scale_and_zero`: [G, N, 2] bf16 for the int4pack kernel, else None.
-    """
-
-    kind: str
-    codes: Tensor
-    group_size: int
-    scale_and_zero: Tensor | None = None
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """[M, K] -> [M, N]."""
-        if self.scale_and_zero is None:
-            return functional.linear(x, self.codes)
-        if self.kind == "int8":
-            x = torch.cat((x, x), dim=1)
-        return torch._weight_int4pack_mm_for_cpu(x, self.codes, self.group_size, self.scale_and_zero)
-
-
-def private(weight: Tensor) -> CpuWeight | None:
-    """Return the CPU's own form of a weight, if `device_layout` made one."""
-    return getattr(weight, "_cpu_weight", None)
-
-
-def device_layout(
-    weight: Tensor,
+def weight_operand(
+    codes: Tensor,
     *,
+    bits: int,
     scale: Tensor,
     offset: Tensor | None,
-    group_size: int,
     dtype: torch.dtype,
-    values: Tensor | None = None,
+    device: torch.device,
+    values: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """Return the weight operand in the layout that its device multiplies fastest; same shape, dtype, bytes.
+    """Return int32 [K, N/8] (4 bits) or int8 [K, N] (8 bits) for codes [N, K].
 
-    On an NPU that is the weight itself. On the CPU its storage may be rewritten into the order of torch's
-    int4 kernel; the tensor then carries a `CpuWeight`, and only `npu_weight_quant_batchmatmul` can read it
-    (a view or a copy of it is meaningless).
+    On an NPU, and on the CPU for what torch's int4 kernel does not take (N % 16, K % group, a group other
+    than 32, 64, 128 or 256, fp16), this is the operand as documented. Otherwise it has the documented shape,
+    dtype and size, but its bytes are in the order of that kernel, or they are elsewhere (fp32). Then it
+    carries a `packed.CpuWeight` and only `npu_weight_quant_batchmatmul` can read it: a view or a copy of it
+    means nothing.
 
     Args:
-        weight: int32 [K, N/8] or int8 [K, N], as documented for the operator.
-        scale: [G, N] of any float dtype; the more precise, the better the CPU's form.
-        offset: [G, N] or None.
-        group_size: K / G.
+        codes: int8 [N, K], signed.
+        bits: 4 or 8.
+        scale: [G, N] before any rounding to `dtype`.
+        offset: [G, N] or None; value = (code + offset) * scale.
         dtype: of the activations.
-        values: the weight [N, K] in fp32 exactly as its format dequantizes it; used for fp32 activations on
-            the CPU, where torch's int4 kernel is a slow reference loop.
-
-    Returns:
-        The operand. Shapes that torch's int4 kernel does not take (N % 16, K % group, group not 32, 64, 128
-        or 256, activations neither bf16 nor fp32) come back as they are and run the plain form.
+        device: where the operator runs.
+        values: makes the weight [N, K] in fp32 exactly as its format dequantizes it. It serves fp32
+            activations on the CPU, where torch's int4 kernel is a slow reference loop.
     """
-    if weight.device.type != "cpu":
-        return weight
-    if dtype is torch.float32 and values is not None:
-        return _carry(weight.view(weight.shape), CpuWeight("dense", values.contiguous(), group_size))
-    k = weight.shape[0]
-    n = scale.shape[-1]
-    if dtype is not torch.bfloat16 or n % 16 or k % group_size or group_size not in (32, 64, 128, 256):
-        return weight
-    scale = scale.float()
-    zero = torch.zeros_like(scale) if offset is None else offset.float() * scale
-    if weight.dtype is torch.int32:
-        codes = unpack_int4(weight).t().int().add_(8)
-        pairs = torch.stack((scale, zero), dim=-1)
-        kind = "int4"
-    else:
-        # q + 128 = 16 h + l with h and l in 0..15, so q * s = (h - 8) * 16 s + (l - 8) * s + 8 s.
-        unsigned = weight.t().int().add_(128)
-        codes = torch.cat((unsigned >> 4, unsigned & 15), dim=1)
-        high = torch.stack((scale * 16, torch.zeros_like(scale)), dim=-1)
-        pairs = torch.cat((high, torch.stack((scale, zero + 8 * scale), dim=-1)))
-        kind = "int8"
-    packed = torch._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
-    operand = packed.view(-1).view(weight.dtype).view(weight.shape)
-    return _carry(operand, CpuWeight(kind, packed, group_size, pairs.to(dtype).contiguous()))
+    n, k = codes.shape
+    if device.type == "cpu" and dtype is torch.float32 and values is not None:
+        shape, kind = ((k, n // 8), torch.int32) if bits == 4 else ((k, n), torch.int8)
+        stand_in = torch.zeros(1, dtype=kind).expand(shape)
+        return packed.carry(stand_in, packed.CpuWeight("dense", values().contiguous()))
+    if device.type == "cpu" and dtype is torch.bfloat16 and packed.takes(n, k, scale.shape[0]):
+        scale = scale.float()
+        zero = torch.zeros_like(scale) if offset is None else offset.float() * scale
+        form = packed.pack(codes, scale, zero, bits)
+        if bits == 4:
+            return packed.carry(form.codes.view(-1).view(torch.int32).view(k, n // 8), form)
+        return packed.carry(form.codes.view(torch.int8).view(k, n), form)
+    features = codes.t().contiguous()
+    if bits == 8:
+        return features.to(device)
+    chunks = features.split(max(_CHUNK_CODES // n, 1))
+    return torch.cat([ops.npu_convert_weight_to_int4pack(chunk.to(device).int()) for chunk in chunks])
 
 
 def held_bytes(operand: Tensor) -> int:
-    """Return the bytes of memory behind an operand, its private form included."""
-    form = private(operand)
-    if form is None:
-        return operand.nbytes
-    if form.scale_and_zero is None:
-        return operand.nbytes + form.codes.nbytes
-    return form.codes.nbytes + form.scale_and_zero.nbytes
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """Return the int8 codes [.., N] of int32 carriers [.., N/8], low nibble first."""
-    low_first = torch.arange(0, 32, 4, dtype=torch.int32)
-    nibbles = (packed.unsqueeze(-1) >> low_first) & 15
-    return ((nibbles ^ 8) - 8).to(torch.int8).flatten(-2)
-
-
-def _carry(operand: Tensor, form: CpuWeight) -> Tensor:
-    operand._cpu_weight = form  # type: ignore[attr-defined]
-    return operand
+    """Return the bytes of memory behind an operand, in whatever form it is."""
+    form = packed.private(operand)
+    return operand.nbytes if form is None else form.nbytes

@@ -2,10 +2,53 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+_linear = functional.linear
+_FLOAT32 = torch.float32
+
+# Weights widened to fp32 at a time (16 MB).
+_CHUNK_WEIGHTS = 1 << 22
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x @ weight^T with fp32 accumulation. x [.., K], weight [N, K] -> [.., N], all of one dtype."""
-    return functional.linear(x, weight)
+    """Return x @ weight^T with fp32 accumulation. x [M, K], weight [N, K] -> [M, N], all of one dtype.
+
+    On a CPU without bf16 instructions (and for fp16 on any) torch's matmul of several rows is up to ten times
+    slower than in fp32, so the operands are widened first; the result is the same up to the order of the sum.
+    """
+    dtype = x.dtype
+    if (
+        dtype is _FLOAT32
+        or x.shape[0] == 1
+        or x.device.type != "cpu"
+        or (dtype is torch.bfloat16 and has_native_bfloat16())
+    ):
+        return _linear(x, weight)
+    return _linear_widened(x, weight)
+
+
+@cache
+def has_native_bfloat16() -> bool:
+    """Whether this processor multiplies bf16 by instructions of its own (AVX512-BF16, AMX, Arm BF16)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (
+        not torch.cpu._is_avx2_supported()
+        or torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def _linear_widened(x: Tensor, weight: Tensor) -> Tensor:
+    n, k = weight.shape
+    wide = x.float()
+    step = max(_CHUNK_WEIGHTS // k, 1)
+    if step >= n:
+        return _linear(wide, weight.float()).to(x.dtype)
+    y = x.new_empty((x.shape[0], n))
+    for first in range(0, n, step):
+        y[:, first : first + step] = _linear(wide, weight[first : first + step].float())
+    return y

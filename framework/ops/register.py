@@ -54,13 +54,19 @@ def ensure_registered(device: Device) -> None:
 def operator(name: str) -> Callable[..., Any]:
     """Return the operator of this name, registering the CPU kernels if nothing is registered yet.
 
-    Operators with one overload are bound to it: a call then skips overload resolution.
+    Where torch_npu is absent this is the CPU kernel itself: going through the dispatcher to the same function
+    costs 2 to 4 us a call, 330 calls a token in a model of 30 layers. With torch_npu it is the registered
+    operator; one with a single overload is bound to it, so that a call skips overload resolution.
     """
     ensure_registered("cpu")
     import torch
 
     torch_npu = sys.modules.get("torch_npu")
-    if torch_npu is not None and OPERATORS[name] == "atb":
+    if torch_npu is None:
+        from framework.ops.cpu import KERNELS
+
+        return KERNELS[f"{OPERATORS[name]}::{name}"]
+    if OPERATORS[name] == "atb":
         # torch_npu's Python function loads the ATB library before its first call.
         return getattr(torch_npu, name)  # type: ignore[no-any-return]
     packet = getattr(getattr(torch.ops, OPERATORS[name]), name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from framework.ops.cpu import activation, attention, cache, matmul, norm, rotary
+from framework.ops.cpu import activation, attention, cache, matmul, norm, paged, rotary
 
 KERNELS = {
     "npu::npu_rms_norm": norm.rms_norm,
@@ -18,5 +18,5 @@ KERNELS = {
     "npu::npu_weight_quant_batchmatmul": matmul.weight_quant_batchmatmul,
     "npu::npu_fused_infer_attention_score": attention.fused_infer_attention_score,
     "atb::_npu_reshape_and_cache": cache.reshape_and_cache,
-    "atb::_npu_paged_attention": attention.paged_attention,
+    "atb::_npu_paged_attention": paged.paged_attention,
 }

@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_FLOAT32 = torch.float32
+_silu = functional.silu
+
 
 def swiglu(input: Tensor, dim: int = -1) -> Tensor:
     """Return silu(a) * b of the halves (a, b) along `dim`. [.., 2H] -> [.., H]."""
-    gate, up = input.chunk(2, dim)
-    if input.dtype is torch.float32:
-        return functional.silu(gate).mul_(up)
-    return functional.silu(gate.float()).mul_(up).to(input.dtype)
+    if input.dtype is _FLOAT32:
+        gate, up = input.chunk(2, dim)
+        return _silu(gate).mul_(up)
+    gate, up = input.float().chunk(2, dim)
+    return _silu(gate, True).mul_(up).to(input.dtype)
 
 
 def geglu(
@@ -26,12 +30,10 @@ def geglu(
         approximate: 1 tanh, 0 erf.
         activate_left: gelu acts on the first half (Gemma: gate first); else on the second.
     """
-    first, second = input.chunk(2, dim)
+    first, second = input.float().chunk(2, dim)
     active, linear = (first, second) if activate_left else (second, first)
-    gelu = functional.gelu(active.float(), approximate="tanh" if approximate else "none")
-    if input.dtype is torch.float32:
-        return gelu * linear, gelu
-    return (gelu * linear).to(input.dtype), gelu.to(input.dtype)
+    gelu = functional.gelu(active, approximate="tanh" if approximate else "none")
+    return torch.mul(gelu, linear).to(input.dtype), gelu.to(input.dtype)
 
 
 def gelu_mul(input: Tensor, *, approximate: str = "none") -> Tensor:
@@ -39,5 +41,5 @@ def gelu_mul(input: Tensor, *, approximate: str = "none") -> Tensor:
 
     Hardware refuses a last dimension above 1024, so MLPs use `npu_geglu(activate_left=True)`.
     """
-    gate, up = input.chunk(2, -1)
-    return functional.gelu(gate.float(), approximate=approximate).mul_(up).to(input.dtype)
+    gate, up = input.float().chunk(2, -1)
+    return functional.gelu(gate, approximate=approximate).mul_(up).to(input.dtype)

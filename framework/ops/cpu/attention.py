@@ -1,4 +1,4 @@
-"""Attention over the paged cache (decode) and over given or paged keys (prefill). All in fp32."""
+"""`npu_fused_infer_attention_score`: attention of whole sequences over given or paged keys, in fp32."""
 
 from __future__ import annotations
 
@@ -9,40 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_COMPRESSED_MASK = 2048
+from framework.ops.cpu.paged import sequence_rows
 
-
-def paged_attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    num_kv_heads: int,
-    num_heads: int,
-    scale_value: float,
-    block_table: Tensor,
-    context_lens: Tensor,
-    out: Tensor,
-    *,
-    workspace: Tensor | None = None,
-) -> None:
-    """Decode attention: one query row per sequence over its first context_lens[t] cached rows.
-
-    Args:
-        query: [T, N, D].
-        key_cache: [blocks, block_size, KV, D], contiguous; its dtype may differ from the query's.
-        value_cache: [blocks, block_size, KV, Dv].
-        num_kv_heads: KV; query head n reads KV head n // (N / KV).
-        num_heads: N.
-        scale_value: factor of the scores.
-        block_table: int32 [T, max_blocks].
-        context_lens: int32 [T] on the host; includes the current token.
-        out: [T, N, Dv], written.
-        workspace: hardware only, ignored.
-    """
-    for row, (pages, length) in enumerate(zip(block_table.tolist(), context_lens.tolist(), strict=True)):
-        keys = _paged_rows(key_cache, pages, length)
-        values = _paged_rows(value_cache, pages, length)
-        _decode_one(query[row], keys, values, num_kv_heads, scale_value, out[row])
+WHOLE = 2147483647
+_COMPRESSED_MASK = (2048, 2048)
 
 
 def fused_infer_attention_score(
@@ -56,8 +26,8 @@ def fused_infer_attention_score(
     block_table: Tensor | None = None,
     num_heads: int = 1,
     scale: float = 1.0,
-    pre_tokens: int = 2147483647,
-    next_tokens: int = 2147483647,
+    pre_tokens: int = WHOLE,
+    next_tokens: int = WHOLE,
     input_layout: str = "BSH",
     num_key_value_heads: int = 0,
     sparse_mode: int = 0,
@@ -90,143 +60,174 @@ def fused_infer_attention_score(
         unsupported: quantized, prefix and rope arguments; refused unless they have their default.
 
     Returns:
-        The output like `query` (value head size), and fp32 lse [T, N, 1] or [B, N, S, 1] (zeros [1] if not
-        asked for).
+        The output like `query` (value head size), and fp32 lse [T, N, 1] or [B, N, S, 1] (one zero if it is
+        not asked for). A row that sees no key is 0.
 
     Hardware ignores `sparse_mode` for a query of one row (outside TND); here a band holds there, too.
     """
-    given = sorted(name for name, argument in unsupported.items() if argument)
+    given = sorted(name for name, argument in unsupported.items() if argument is not None and argument != 0)
     if given:
         raise NotImplementedError(f"npu_fused_infer_attention_score: no CPU kernel for {', '.join(given)}")
     kv_heads = num_key_value_heads or num_heads
-    band = _band(sparse_mode, pre_tokens, next_tokens, atten_mask)
-    mask = atten_mask if sparse_mode in (0, 1) else None
-    if input_layout == "TND":
-        rows = _Ragged(actual_seq_lengths, actual_seq_lengths_kv, block_table)
-        parts = []
-        for index, (start, end, length) in enumerate(rows.bounds(query, key)):
-            keys = rows.keys(key, index, length, kv_heads)
-            values = rows.keys(value, index, length, kv_heads)
-            own = mask if mask is None or mask.dim() == 2 else mask[index].squeeze(0)
-            parts.append(_prefill_one(query[start:end], keys, values, scale, band, own, softmax_lse_flag))
-        output = torch.cat([part for part, _ in parts])
-        lse = torch.cat([part for _, part in parts]).unsqueeze(-1) if softmax_lse_flag else None
+    queries = _rows(query, num_heads, input_layout)
+    spans = _spans(query, input_layout, actual_seq_lengths)
+    if block_table is None:
+        stored = (_rows(key, kv_heads, input_layout), _rows(value, kv_heads, input_layout))
+        keys = _Keys(stored, _spans(key, input_layout, actual_seq_lengths_kv or actual_seq_lengths), None)
     else:
-        output, lse = _rectangular(
-            _Batch(query, key, value, num_heads, kv_heads, input_layout),
-            (actual_seq_lengths, actual_seq_lengths_kv, block_table),
-            (scale, band, mask, softmax_lse_flag),
-        )
-    return output, torch.zeros(1) if lse is None else lse
+        pages = (_pages(key, kv_heads), _pages(value, kv_heads))
+        keys = _Keys(pages, [(0, length) for length in actual_seq_lengths_kv or ()], block_table.tolist())
+    rule = _Rule(scale, sparse_mode, pre_tokens, next_tokens, atten_mask)
+    output = queries.new_zeros((*queries.shape[:2], keys.stored[1].shape[-1]))
+    lse = torch.zeros(queries.shape[:2] if softmax_lse_flag else 1)
+    for index, (first, last) in enumerate(spans):
+        part = _sequence(queries[first:last], keys, index, rule)
+        output[first:last] = part.output
+        if softmax_lse_flag:
+            lse[first:last] = part.lse()
+    return _in_layout(output, query, input_layout), _lse_in_layout(lse, query, input_layout)
 
 
 @dataclass(frozen=True, slots=True)
-class _Band:
-    """Row i sees keys i + shift - before .. i + shift + after.
+class _Keys:
+    """Keys and values of all sequences: rows [R, KV, D] with a span each, or pages with a table each."""
 
-    `shift` is S - L when counted from the bottom right, else 0.
-    """
+    stored: tuple[Tensor, Tensor]
+    spans: list[tuple[int, int]]
+    tables: list[list[int]] | None
 
+    def length(self, index: int) -> int:
+        first, last = self.spans[index]
+        return last - first
+
+    def from_row(self, index: int, start: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one sequence from row `start` on, fp32 [KV, S - start, D]."""
+        first, last = self.spans[index]
+        if self.tables is not None:
+            return sequence_rows(self.stored, self.tables[index], last, start)
+        keys, values = (rows[first + start : last].transpose(0, 1).float() for rows in self.stored)
+        return keys, values
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Which keys a query row sees: row i keys i + shift - before .. i + shift + after, less the mask."""
+
+    scale: float
+    sparse_mode: int
     before: int
     after: int
-    bottom_right: bool
+    mask: Tensor | None
 
-
-@dataclass(frozen=True, slots=True)
-class _Ragged:
-    """Sequences laid end to end."""
-
-    query_ends: list[int] | None
-    kv_lengths: list[int] | None
-    block_table: Tensor | None
-
-    def bounds(self, query: Tensor, key: Tensor) -> list[tuple[int, int, int]]:
-        """Query start, query end and number of keys (paged) or key end of each sequence."""
-        ends = self.query_ends or [query.shape[0]]
-        lengths = self.kv_lengths or ([key.shape[0]] if self.query_ends is None else ends)
-        return list(zip([0, *ends[:-1]], ends, lengths, strict=True))
-
-    def keys(self, cache: Tensor, index: int, length: int, kv_heads: int) -> Tensor:
-        """Keys or values of one sequence as fp32 [KV, S, D]."""
-        if self.block_table is not None:
-            return _paged_rows(_pages(cache, kv_heads), self.block_table[index].tolist(), length)
-        lengths = self.kv_lengths or self.query_ends
-        start = 0 if index == 0 or lengths is None else lengths[index - 1]
-        return cache[start:length].transpose(0, 1).float()
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Rectangular inputs and how to read them."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    heads: int
-    kv_heads: int
-    layout: str
-
-
-def _rectangular(batch: _Batch, lengths: Any, how: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
-    query_lengths, kv_lengths, block_table = lengths
-    scale, band, mask, with_lse = how
-    queries = _heads_last(batch.query, batch.heads, batch.layout)
-    outputs, lses = [], []
-    for index, query in enumerate(queries):
-        if block_table is not None:
-            pages = block_table[index].tolist()
-            keys = _paged_rows(_pages(batch.key, batch.kv_heads), pages, kv_lengths[index])
-            values = _paged_rows(_pages(batch.value, batch.kv_heads), pages, kv_lengths[index])
-        else:
-            keys, values = (
-                _heads_last(tensor, batch.kv_heads, batch.layout)[index].transpose(0, 1).float()
-                for tensor in (batch.key, batch.value)
+    def __post_init__(self) -> None:
+        if self.sparse_mode not in (0, 1, 2, 3, 4):
+            raise NotImplementedError(f"npu_fused_infer_attention_score: sparse_mode {self.sparse_mode}")
+        # Without its mask hardware ignores sparse_mode and attends to everything: wrong text, no error.
+        if self.sparse_mode > 1 and (self.mask is None or self.mask.shape[-2:] != _COMPRESSED_MASK):
+            raise ValueError(
+                f"sparse_mode {self.sparse_mode} takes the 2048 x 2048 upper-triangular atten_mask"
             )
-            if kv_lengths is not None:
-                keys, values = keys[:, : kv_lengths[index]], values[:, : kv_lengths[index]]
-        rows = query.shape[0] if query_lengths is None else query_lengths[index]
-        own = mask
-        if mask is not None:
-            own = mask.reshape(-1, *mask.shape[-2:])
-            own = own[index if own.shape[0] > 1 else 0][:rows, : keys.shape[1]]
-        output, lse = _prefill_one(query[:rows], keys, values, scale, band, own, with_lse)
-        padding = query.shape[0] - rows
-        outputs.append(functional.pad(output, (0, 0, 0, 0, 0, padding)))
-        if with_lse:
-            lses.append(functional.pad(lse, (0, 0, 0, padding)).transpose(0, 1).unsqueeze(-1))
-    stacked = torch.stack(outputs)
-    if batch.layout == "BNSD":
-        stacked = stacked.transpose(1, 2).contiguous()
-    elif batch.layout == "BSH":
-        stacked = stacked.flatten(2)
-    return stacked, torch.stack(lses) if with_lse else None
+
+    def band(self, rows: int, length: int) -> tuple[int, int, int]:
+        """Return shift, before and after for L query rows over S keys."""
+        shift = length - rows if self.sparse_mode in (3, 4) else 0
+        if self.sparse_mode in (2, 3):
+            return shift, WHOLE, 0
+        if self.sparse_mode == 1 or (self.sparse_mode == 0 and self.mask is None):
+            return 0, WHOLE, WHOLE
+        return shift, self.before, self.after
+
+    def given(self, index: int, rows: int, length: int) -> Tensor | None:
+        """The caller's mask of one sequence, bool [L, S], True = excluded."""
+        if self.mask is None or self.sparse_mode > 1:
+            return None
+        masks = self.mask.reshape(-1, *self.mask.shape[-2:])
+        return masks[index if masks.shape[0] > 1 else 0, :rows, :length].bool()
 
 
-def _heads_last(tensor: Tensor, heads: int, layout: str) -> Tensor:
-    """View as [B, S, heads, D]."""
+@dataclass(frozen=True, slots=True)
+class _Attended:
+    """The output [L, N, Dv] of one sequence, and what its log-sum-exp needs."""
+
+    output: Tensor
+    grouped: Tensor
+    keys: Tensor
+    scale: float
+    excluded: Tensor | None
+
+    def lse(self) -> Tensor:
+        """[L, N]."""
+        scores = torch.matmul(self.grouped * self.scale, self.keys.unsqueeze(1).transpose(2, 3))
+        if self.excluded is not None:
+            scores = scores.masked_fill(self.excluded, float("-inf"))
+        return scores.logsumexp(-1).flatten(0, 1).transpose(0, 1)
+
+
+def _sequence(query: Tensor, keys: _Keys, index: int, rule: _Rule) -> _Attended:
+    """One sequence: query [L, N, D] -> [L, N, Dv] in the query's dtype."""
+    rows, heads, size = query.shape
+    length = keys.length(index)
+    shift, before, after = rule.band(rows, length)
+    # Keys before the first row's window are seen by no row: they are not read.
+    skipped = min(max(0, shift - before), length)
+    own_keys, values = keys.from_row(index, skipped)
+    kv_heads = own_keys.shape[0]
+    grouped = query.float().view(rows, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3)
+    excluded = _outside(rows, length - skipped, shift - skipped, before, after)
+    given = rule.given(index, rows, length)
+    if given is not None:
+        given = given[:, skipped:]
+        excluded = given if excluded is None else given | excluded
+    causal = given is None and excluded is not None and (shift, after) == (0, 0) and before >= rows - 1
+    bias = None
+    if excluded is not None and not causal:
+        bias = torch.zeros(excluded.shape).masked_fill_(excluded, float("-inf"))
+    attended = functional.scaled_dot_product_attention(
+        grouped, _per_head(own_keys, grouped), _per_head(values, grouped), bias, 0.0, causal, scale=rule.scale
+    )
+    if excluded is not None and not causal and (given is not None or shift < 0):
+        attended = attended.masked_fill(excluded.all(1, keepdim=True), 0.0)
+    output = attended.permute(2, 0, 1, 3).reshape(rows, heads, -1).to(query.dtype)
+    return _Attended(output, grouped, own_keys, rule.scale, excluded)
+
+
+def _per_head(stored: Tensor, grouped: Tensor) -> Tensor:
+    """View [KV, S, D] as [KV, G, S, D]: the G query heads of a KV head read the same memory."""
+    return stored.unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
+
+
+def _outside(rows: int, length: int, shift: int, before: int, after: int) -> Tensor | None:
+    """Return bool [L, S], True outside the band; None when everything is inside."""
+    if shift + after >= length - 1 and rows - 1 + shift - before <= 0:
+        return None
+    distance = torch.arange(length) - torch.arange(shift, shift + rows).unsqueeze(1)
+    return (distance > after) | (distance < -before)
+
+
+def _rows(tensor: Tensor, heads: int, layout: str) -> Tensor:
+    """Return [T, heads, D], batch entries one after the other."""
     match layout:
-        case "BSND":
+        case "TND":
             return tensor
+        case "BSND":
+            return tensor.flatten(0, 1)
         case "BNSD":
-            return tensor.transpose(1, 2)
+            return tensor.transpose(1, 2).flatten(0, 1)
         case "BSH":
-            return tensor.unflatten(-1, (heads, -1))
+            return tensor.flatten(0, 1).unflatten(-1, (heads, -1))
     raise NotImplementedError(f"npu_fused_infer_attention_score: layout {layout} has no CPU kernel")
 
 
-def _band(sparse_mode: int, before: int, after: int, mask: Tensor | None) -> _Band | None:
-    if sparse_mode not in (0, 1, 2, 3, 4):
-        raise NotImplementedError(f"npu_fused_infer_attention_score: sparse_mode {sparse_mode}")
-    if sparse_mode == 1 or (sparse_mode == 0 and mask is None):
-        return None
-    if sparse_mode == 0:
-        return _Band(before, after, bottom_right=False)
-    # Without a mask hardware ignores sparse_mode and attends to everything: wrong text, no error.
-    if mask is None or tuple(mask.shape[-2:]) != (_COMPRESSED_MASK, _COMPRESSED_MASK):
-        raise ValueError(f"sparse_mode {sparse_mode} takes the 2048 x 2048 upper-triangular atten_mask")
-    if sparse_mode == 4:
-        return _Band(before, after, bottom_right=True)
-    return _Band(2147483647, 0, bottom_right=sparse_mode == 3)
+def _spans(tensor: Tensor, layout: str, lengths: list[int] | None) -> list[tuple[int, int]]:
+    """First and last row of each sequence in `_rows`: from cumulative ends (TND) or lengths (others)."""
+    if layout == "TND":
+        ends = lengths or [tensor.shape[0]]
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+    padded = tensor.shape[2] if layout == "BNSD" else tensor.shape[1]
+    return [
+        (index * padded, index * padded + (lengths[index] if lengths else padded))
+        for index in range(tensor.shape[0])
+    ]
 
 
 def _pages(cache: Tensor, kv_heads: int) -> Tensor:
@@ -234,65 +235,19 @@ def _pages(cache: Tensor, kv_heads: int) -> Tensor:
     return cache.unflatten(2, (kv_heads, -1)) if cache.dim() == 3 else cache.transpose(1, 2)
 
 
-def _paged_rows(cache: Tensor, pages: list[int], length: int) -> Tensor:
-    """Return the first `length` rows of a sequence as fp32 [KV, length, D]; a view where pages follow on."""
-    block_size = cache.shape[1]
-    used = pages[: -(-length // block_size)]
-    first = used[0] if used else 0
-    if used == list(range(first, first + len(used))):
-        rows = cache[first : first + len(used)].flatten(0, 1)
-    else:
-        rows = cache.index_select(0, torch.tensor(used)).flatten(0, 1)
-    return rows[:length].transpose(0, 1).float()
+def _in_layout(output: Tensor, query: Tensor, layout: str) -> Tensor:
+    if layout == "TND":
+        return output
+    output = output.unflatten(0, (query.shape[0], -1))
+    if layout == "BNSD":
+        return output.transpose(1, 2).contiguous()
+    return output if layout == "BSND" else output.flatten(2)
 
 
-def _decode_one(
-    query: Tensor, keys: Tensor, values: Tensor, kv_heads: int, scale: float, out: Tensor
-) -> None:
-    """One query row [N, D] over [KV, S, D]: the query heads of a KV head are the rows of one product."""
-    grouped = query.float().view(kv_heads, -1, query.shape[-1]).mul(scale)
-    weights = torch.bmm(grouped, keys.transpose(1, 2)).softmax(-1)
-    out.copy_(torch.bmm(weights, values).view(out.shape))
-
-
-def _prefill_one(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    band: _Band | None,
-    mask: Tensor | None,
-    with_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """One sequence: query [L, N, D], keys [KV, S, D] -> [L, N, Dv] in the query's dtype and lse [L, N]."""
-    rows, heads, head_size = query.shape
-    kv_heads, length, _ = keys.shape
-    if band is not None:
-        # Keys before the first row's window are seen by no row.
-        shift = length - rows if band.bottom_right else 0
-        skipped = min(max(0, shift - band.before), length)
-        keys, values = keys[:, skipped:], values[:, skipped:]
-        mask = None if mask is None else mask[:, skipped:]
-        excluded = _outside(band, rows, length - skipped, shift - skipped)
-        mask = excluded if mask is None else (mask.bool() if excluded is None else mask.bool() | excluded)
-    elif mask is not None:
-        mask = mask.bool()
-    grouped = query.float().view(rows, kv_heads, heads // kv_heads, head_size).permute(1, 2, 0, 3)
-    scores = torch.matmul(grouped * scale, keys.unsqueeze(1).transpose(2, 3))
-    if mask is not None:
-        scores = scores.masked_fill(mask, float("-inf"))
-    lse = scores.logsumexp(-1) if with_lse else scores
-    weights = scores.softmax(-1)
-    if mask is not None:
-        weights = weights.nan_to_num(0.0)
-    output = torch.matmul(weights, values.unsqueeze(1)).permute(2, 0, 1, 3)
-    lse_rows = lse.flatten(0, 1).transpose(0, 1) if with_lse else lse
-    return output.reshape(rows, heads, values.shape[-1]).to(query.dtype), lse_rows
-
-
-def _outside(band: _Band, rows: int, length: int, shift: int) -> Tensor | None:
-    """Return bool [rows, length], True outside the band; None when everything is inside."""
-    if shift + band.after >= length - 1 and rows - 1 + shift - band.before <= 0:
-        return None
-    distance = torch.arange(length) - torch.arange(shift, shift + rows).unsqueeze(1)
-    return (distance > band.after) | (distance < -band.before)
+def _lse_in_layout(lse: Tensor, query: Tensor, layout: str) -> Tensor:
+    """[T, N] -> [T, N, 1] or [B, N, S, 1]; [1] stays."""
+    if lse.dim() == 1:
+        return lse
+    if layout == "TND":
+        return lse.unsqueeze(-1)
+    return lse.unflatten(0, (query.shape[0], -1)).transpose(1, 2).contiguous().unsqueeze(-1)

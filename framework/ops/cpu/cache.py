@@ -17,9 +17,15 @@ def reshape_and_cache(
         value_cache: [blocks, block_size, KV, Dv], contiguous.
         slot_indices: int32 [T]; slot s is row s % block_size of block s // block_size.
     """
+    if slot_indices.numel() == 1:
+        slot = slot_indices.item()
+        if slot >= 0:
+            key_cache.view(-1, *key.shape[1:]).narrow(0, slot, 1).copy_(key)
+            value_cache.view(-1, *value.shape[1:]).narrow(0, slot, 1).copy_(value)
+        return
     slots = slot_indices.long()
     kept = slots >= 0
     if not kept.all():
         slots, key, value = slots[kept], key[kept], value[kept]
     for rows, cache in ((key, key_cache), (value, value_cache)):
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows.to(cache.dtype))
+        cache.view(-1, *rows.shape[1:]).index_copy_(0, slots, rows.to(cache.dtype))

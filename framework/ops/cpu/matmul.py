@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from framework.ops import layout
+from framework.ops import packing
+from framework.ops.cpu import packed
 
 
 def format_cast(
@@ -31,11 +32,7 @@ def convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> Tensor
         raise ValueError(
             f"int4 packing takes int32 codes, last dimension a multiple of 8, not {weight.shape}"
         )
-    nibbles = (weight & 15).unflatten(-1, (-1, 8))
-    packed = nibbles[..., 0].clone()
-    for position in range(1, 8):
-        packed |= nibbles[..., position] << (4 * position)
-    return packed
+    return packing.pack_int4(weight)
 
 
 def weight_quant_batchmatmul(
@@ -72,9 +69,9 @@ def weight_quant_batchmatmul(
     """
     if quant_scale is not None or quant_offset is not None or weight_dtype is not None:
         raise NotImplementedError("npu_weight_quant_batchmatmul: quantized output and fp8/fp4 weights")
-    private = layout.private(weight)
-    if private is not None:
-        y = private.multiply(x)
+    form = packed.private(weight)
+    if form is not None:
+        y = packed.multiply(x, form)
         return y if bias is None else (y.float() + bias.float()).to(x.dtype)
     dense = dequantize(weight, antiquant_scale, antiquant_offset, antiquant_group_size, x.shape[-1], x.dtype)
     total = x.float() @ dense.float()
@@ -97,8 +94,8 @@ def dequantize(
 def _unpack(weight: Tensor, k: int) -> Tensor:
     """Int32 carriers to int8 codes [K, N]."""
     if weight.shape[0] == k:
-        return layout.unpack_int4(weight)
-    return layout.unpack_int4(weight.transpose(0, 1)).transpose(0, 1)
+        return packing.unpack_int4(weight)
+    return packing.unpack_int4(weight.transpose(0, 1)).transpose(0, 1)
 
 
 def _over_rows(parameter: Tensor, group_size: int, k: int) -> Tensor:

@@ -1,11 +1,14 @@
-"""RMS norms. fp32 inside, one rounding at the end (vendor goldens of rms_norm and, for the add, of A5)."""
+"""RMS norms: fp32 inside, one rounding at the end (the vendor's golden of rms_norm)."""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _FLOAT32 = torch.float32
+_norm2 = torch.linalg.vector_norm
 
 
 def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -19,34 +22,46 @@ def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tenso
     Returns:
         y like `input`; rstd fp32 with ones for gamma's dimensions.
     """
-    return _normalize(input if input.dtype is _FLOAT32 else input.float(), gamma, epsilon, input.dtype)
+    size = gamma.numel()
+    if input.numel() == size and gamma.dtype is input.dtype and gamma.dim() == 1:
+        return _one_row(input, gamma, epsilon, size)
+    return _rows(input, gamma, epsilon)
 
 
 def gemma_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     """As `rms_norm`, with the weight 1 + gamma (added in fp32)."""
-    x = input if input.dtype is _FLOAT32 else input.float()
-    return _normalize(x, gamma.float() + 1.0, epsilon, input.dtype)
+    return _rows(input, gamma.float() + 1.0, epsilon)
 
 
 def add_rms_norm(
     x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the norm of x1 + x2, its rstd, and the sum in x1's dtype.
+    """Return the norm of x1 + x2, its rstd, and the sum in x1's dtype: `rms_norm` of the rounded sum.
 
-    The norm is taken of the unrounded fp32 sum, as on A5. A2 and A3 normalize the rounded sum and round once
-    more before gamma.
+    Hardware differs by one rounding, either way: A2 and A3 normalize the rounded sum, as here, and round once
+    more before gamma; A5 normalizes the unrounded sum.
     """
-    if x1.dtype is _FLOAT32:
-        total = rounded = torch.add(x1, x2)
-    else:
-        total = torch.add(x1.float(), x2)
-        rounded = total.to(x1.dtype)
-    y, rstd = _normalize(total, gamma, epsilon, x1.dtype)
-    return y, rstd, rounded
+    total = torch.add(x1, x2)
+    y, rstd = rms_norm(total, gamma, epsilon)
+    return y, rstd, total
 
 
-def _normalize(x: Tensor, gamma: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _rows(input: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    x = input.float()
     dims = list(range(-gamma.dim(), 0))
-    rstd = torch.rsqrt(x.square().mean(dims, keepdim=True).add_(epsilon))
+    rstd = x.square().mean(dims, keepdim=True).add_(epsilon).rsqrt_()
     y = (x * rstd).mul_(gamma)
-    return y if dtype is _FLOAT32 else y.to(dtype), rstd
+    return y if input.dtype is _FLOAT32 else y.to(input.dtype), rstd
+
+
+def _one_row(input: Tensor, gamma: Tensor, epsilon: float, size: int) -> tuple[Tensor, Tensor]:
+    """One token: few calls. addcmul works in fp32 inside and rounds once, also for bf16 and fp16."""
+    norm = _norm2(input if input.dtype is _FLOAT32 else input.float(), 2, -1, True)
+    rstd = (norm.item() ** 2 / size + epsilon) ** -0.5
+    y = torch.addcmul(_zeros(size, input.dtype), input, gamma, value=rstd)
+    return y, norm.fill_(rstd)
+
+
+@lru_cache(maxsize=16)
+def _zeros(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(size, dtype=dtype)

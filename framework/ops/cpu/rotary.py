@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def rotary_mul(
 
     Args:
         input: [.., D] with D even.
-        r1: cosines, broadcastable to `input`.
+        r1: cosines, broadcastable to `input`; fp32 tables cost the least here.
         r2: sines, broadcastable to `input`.
         rotary_mode: `half`: rot(x) = (-x2, x1) of the two halves; `interleave`: pairs (-x_odd, x_even).
         rotate: reserved on hardware; must be None.
@@ -21,11 +23,23 @@ def rotary_mul(
     if rotate is not None:
         raise NotImplementedError("npu_rotary_mul: a rotation matrix (`rotate`) has no CPU kernel")
     x = input.float()
+    size = x.shape[-1]
     if rotary_mode == "half":
-        first, second = x.chunk(2, dim=-1)
-        rotated = torch.cat((-second, first), dim=-1)
+        # The sign sits in the sines: then the two halves only change places.
+        rotated = x.roll(size // 2, -1)
     elif rotary_mode == "interleave":
-        rotated = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        rotated = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
         raise ValueError(f"npu_rotary_mul: rotary_mode {rotary_mode!r} is neither 'half' nor 'interleave'")
-    return torch.addcmul(x * r1, rotated, r2.float()).to(input.dtype)
+    y = torch.mul(x, r1.float()).addcmul_(rotated, torch.mul(r2.float(), _signs(rotary_mode, size)))
+    return y if input.dtype is torch.float32 else y.to(input.dtype)
+
+
+@lru_cache(maxsize=16)
+def _signs(rotary_mode: str, size: int) -> Tensor:
+    signs = torch.ones(size)
+    if rotary_mode == "half":
+        signs[: size // 2] = -1.0
+    else:
+        signs[::2] = -1.0
+    return signs

@@ -34,7 +34,10 @@ class Prepare(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A name and two functions. `linear`: x [T, K], operands -> [T, N] in x's dtype; no bias, no reduction."""
+    """A name and two functions.
+
+    `linear`: x [T, K], operands -> [T, N] in x's dtype; no bias, no reduction over ranks.
+    """
 
     name: str
     prepare: Prepare

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from framework import ops
-from framework.ops.layout import device_layout, held_bytes
+from framework.ops.layout import held_bytes, weight_operand
 from framework.quantization.schemes.base import Operands
 from framework.quantization.tensor import QuantTensor
 
 
 def signed(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return signed int8 codes [N, K] and the fp32 scale and offset [G, N] with value = (code + offset) * scale.
+    """Return signed int8 codes [N, K], fp32 scale and offset [G, N]; value = (code + offset) * scale.
 
-    Codes 0 .. 2^bits - 1 are shifted down by half the range, which the offset takes back. A group with scale 0 and a minimum holds one value
-    everywhere: its scale becomes the minimum, its codes 0, its offset 1.
+    Codes 0 .. 2^bits - 1 are shifted down by half the range, which the offset takes back. A group with scale
+    0 and a minimum holds one value everywhere: its scale becomes the minimum, its codes 0, its offset 1.
     """
     if weight.scale is None:
         raise ValueError("a weight-only scheme takes integer codes, this weight is float")
@@ -45,16 +45,14 @@ def signed(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
 def operands(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> Operands:
     """Prepare codes of 4 or 8 bits: int32 [K, N/8] or int8 [K, N], scale and offset [G, N] of `dtype`."""
     codes, scale, offset = signed(weight)
-    features = codes.t().contiguous().to(device)
-    if weight.bits == 4:
-        features = ops.npu_convert_weight_to_int4pack(features.int())
-    operand = device_layout(
-        features,
+    operand = weight_operand(
+        codes,
+        bits=weight.bits,
         scale=scale,
         offset=offset,
-        group_size=weight.group_size,
         dtype=dtype,
-        values=weight.dequantize() if dtype is torch.float32 else None,
+        device=device,
+        values=weight.dequantize,
     )
     scale = scale.to(device=device, dtype=dtype)
     offset = None if offset is None else offset.to(device=device, dtype=dtype)

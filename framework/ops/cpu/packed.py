@@ -1,0 +1,148 @@
+"""Weights in the CPU's own layout: torch's int4pack bytes for decoding, dequantized by blocks for prefill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from framework.ops.linear import has_native_bfloat16
+
+_int4_matmul = torch._weight_int4pack_mm_for_cpu
+
+_GROUP_SIZES = (32, 64, 128, 256)  # what the int4pack kernel takes
+_ROWS_MULTIPLE = 16
+_LARGEST_BLOCK = 64
+
+# From this many rows of x on, dequantizing the weight once per call and one float matmul is faster.
+_DEQUANTIZE_FROM_ROWS = 48
+# Weights dequantized at a time: 16 MB of fp32 that a matmul then reads from the cache.
+_CHUNK_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class CpuWeight:
+    """The CPU's own form of a weight operand [K, N].
+
+    `kind`: `int4`, `int8` (codes of 8 bits as two of 4 bits: K doubled, high halves first) or `dense`.
+    `codes`: int4pack bytes uint8 [N, K/2] (int8: [N, K]), or the weight [N, K] in the activations' dtype.
+    `scale_and_zero`: bf16 [G, N, 2] (int8: [2 G, N, 2]); value = scale * (code - 8) + zero.
+    """
+
+    kind: str
+    codes: Tensor
+    group_size: int = 0
+    scale_and_zero: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.codes.nbytes + (0 if self.scale_and_zero is None else self.scale_and_zero.nbytes)
+
+
+def private(weight: Tensor) -> CpuWeight | None:
+    """Return the CPU's own form that an operand carries, if any."""
+    return getattr(weight, "_cpu_weight", None)
+
+
+def carry(operand: Tensor, form: CpuWeight) -> Tensor:
+    """Attach the form to the operand that stands for it."""
+    operand._cpu_weight = form  # type: ignore[attr-defined]
+    return operand
+
+
+def takes(n: int, k: int, groups: int) -> bool:
+    """Whether torch's int4 kernel multiplies a weight [N, K] in `groups` groups along K."""
+    return n % _ROWS_MULTIPLE == 0 and k % groups == 0 and k // groups in _GROUP_SIZES
+
+
+def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> CpuWeight:
+    """Pack signed codes [N, K]; scale and zero fp32 [G, N], value = scale * code + zero."""
+    n, k = codes.shape
+    if bits == 4:
+        pairs = torch.stack((scale, zero), dim=-1)
+    else:
+        # q + 128 = 16 h + l with h and l in 0..15, so q * s = (h - 8) * 16 s + (l - 8) * s + 8 s.
+        high = torch.stack((scale * 16, torch.zeros_like(scale)), dim=-1)
+        pairs = torch.cat((high, torch.stack((scale, zero + 8 * scale), dim=-1)))
+    packed = torch.empty((n, k * bits // 8), dtype=torch.uint8)
+    # Blocks of rows are packed on their own: the int32 copy that torch wants need not be of the whole weight.
+    step = max(_CHUNK_WEIGHTS // k // _LARGEST_BLOCK, 1) * _LARGEST_BLOCK
+    for first in range(0, n, step):
+        part = codes[first : first + step].int()
+        if bits == 4:
+            part.add_(8)
+        else:
+            part.add_(128)
+            part = torch.cat((part >> 4, part & 15), dim=1)
+        packed[first : first + step] = torch._convert_weight_to_int4pack_for_cpu(part.contiguous(), 1)
+    return CpuWeight(f"int{bits}", packed, k // scale.shape[0], pairs.bfloat16().contiguous())
+
+
+def multiply(x: Tensor, form: CpuWeight) -> Tensor:
+    """X [M, K] -> [M, N] in x's dtype, accumulated in fp32."""
+    if form.scale_and_zero is None:
+        return functional.linear(x, form.codes)
+    if x.shape[0] >= _DEQUANTIZE_FROM_ROWS and form.codes.shape[0] % (block_rows() or 1 << 62) == 0:
+        return _multiply_dequantized(x, form)
+    if form.kind == "int8":
+        x = torch.cat((x, x), dim=1)
+    return _int4_matmul(x, form.codes, form.group_size, form.scale_and_zero)
+
+
+def dequantized(form: CpuWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Return rows first..last of a packed weight (multiples of `block_rows`), as [K, last - first]."""
+    block = block_rows()
+    pairs = form.scale_and_zero
+    if block is None or pairs is None:
+        raise ValueError("only int4pack weights in a known layout can be dequantized")
+    octets = form.codes[first:last]
+    rows, half_k = octets.shape
+    # Byte j of a block's column holds row j low and row j + block/2 high.
+    octets = octets.view(rows // block, 2 * half_k, block // 2).transpose(0, 1)
+    values = torch.empty((2 * half_k, rows // block, 2, block // 2), dtype=torch.float32)
+    values[:, :, 0] = octets & 15
+    values[:, :, 1] = octets >> 4
+    values = values.view(-1, form.group_size, rows)
+    scale, zero = pairs[:, first:last].float().unsqueeze(1).unbind(-1)
+    values.mul_(scale).add_(zero - 8 * scale)
+    weight = values.view(-1, rows)
+    if form.kind == "int8":
+        high, low = weight.chunk(2)
+        weight = high.add_(low)
+    return weight if dtype is torch.float32 else weight.to(dtype)
+
+
+def _multiply_dequantized(x: Tensor, form: CpuWeight) -> Tensor:
+    n = form.codes.shape[0]
+    k = x.shape[1]
+    dtype = torch.bfloat16 if has_native_bfloat16() else torch.float32
+    x_wide = x.to(dtype)
+    block = block_rows() or n
+    step = max(_CHUNK_WEIGHTS // k // block, 1) * block
+    if step >= n:
+        return torch.mm(x_wide, dequantized(form, 0, n, dtype)).to(x.dtype)
+    y = x.new_empty((x.shape[0], n))
+    for first in range(0, n, step):
+        last = min(first + step, n)
+        y[:, first:last] = torch.mm(x_wide, dequantized(form, first, last, dtype))
+    return y
+
+
+@cache
+def block_rows() -> int | None:
+    """Rows that torch's int4pack layout interleaves on this processor: 32 or 64; None: not known.
+
+    The layout is private to torch, so it is tried on one small matrix before it is relied on.
+    """
+    codes = (torch.arange(128 * 32, dtype=torch.int32).view(128, 32) * 7 + 3) % 16
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+    for block in (32, 64):
+        octets = packed.view(128 // block, 32, block // 2)
+        read = torch.cat((octets & 15, octets >> 4), dim=-1).transpose(1, 2).reshape(128, 32)
+        if torch.equal(read.int(), codes):
+            return block
+    return None

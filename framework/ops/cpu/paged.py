@@ -1,0 +1,84 @@
+"""Rows of a paged KV cache, and decode attention over them. All arithmetic in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOAT32 = torch.float32
+_ZERO = torch.zeros(1, 1, 1)
+_baddbmm, _bmm, _softmax = torch.baddbmm, torch.bmm, torch.softmax
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    num_kv_heads: int,
+    num_heads: int,
+    scale_value: float,
+    block_table: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """Decode attention: one query row per sequence over its first context_lens[t] cached rows.
+
+    Args:
+        query: [T, N, D].
+        key_cache: [blocks, block_size, KV, D], contiguous; fp32 is fastest, whatever the query's dtype.
+        value_cache: [blocks, block_size, KV, Dv], contiguous.
+        num_kv_heads: KV; query head n reads KV head n // (N / KV).
+        num_heads: N.
+        scale_value: factor of the scores.
+        block_table: int32 [T, max_blocks].
+        context_lens: int32 [T] on the host; includes the current token. 0: the output is 0.
+        out: [T, N, Dv], written.
+        workspace: hardware only, ignored.
+    """
+    tokens, heads, size = query.shape
+    group = heads // num_kv_heads
+    # The query heads of one KV head are the rows of one product: no copies of keys and values.
+    queries = query.float().view(tokens, num_kv_heads, group, size).unbind(0)
+    outputs = out.view(tokens, num_kv_heads, group, -1).unbind(0)
+    tables = block_table.tolist()
+    for row, length in enumerate(context_lens.tolist()):
+        if length == 0:
+            outputs[row].zero_()
+            continue
+        keys, values = sequence_rows((key_cache, value_cache), tables[row], length)
+        scores = _baddbmm(_ZERO, queries[row], keys.transpose(1, 2), beta=0, alpha=scale_value)
+        outputs[row].copy_(_bmm(_softmax(scores, -1), values))
+
+
+def sequence_rows(
+    caches: tuple[Tensor, Tensor], pages: list[int], length: int, start: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return rows start..length of one sequence as fp32 [KV, length - start, D], from each cache.
+
+    Views of fp32 caches [blocks, block_size, KV, D] where the pages follow one another; else copies.
+    """
+    block_size = caches[0].shape[1]
+    first_page = start // block_size
+    used = pages[first_page : -(-length // block_size)]
+    start -= first_page * block_size
+    length -= first_page * block_size
+    first = used[0]
+    in_order = len(used) == 1 or used == list(range(first, first + len(used)))
+    index = None if in_order else torch.tensor(used)
+    keys, values = (_rows(cache, first, index, start, length) for cache in caches)
+    return keys, values
+
+
+def _rows(cache: Tensor, first: int, index: Tensor | None, start: int, length: int) -> Tensor:
+    if index is not None:
+        cache, first = cache.index_select(0, index), 0
+    elif not cache.is_contiguous():
+        pages = -(-length // cache.shape[1])
+        cache, first = cache.narrow(0, first, pages).contiguous(), 0
+    _, block_size, kv_heads, size = cache.shape
+    row = kv_heads * size
+    offset = cache.storage_offset() + (first * block_size + start) * row
+    rows = cache.as_strided((kv_heads, length - start, size), (size, row, 1), offset)
+    return rows if rows.dtype is _FLOAT32 else rows.float()
