@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -10,7 +11,10 @@ from framework.cluster.rank import RankInfo
 from framework.errors import Problem, Refused, UserError
 
 LINES_SHOWN = 8
+LINE_COLUMNS = 100
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 LOW_MEMORY_BYTES = 1 << 30
+_COLLECTIVE_TYPES = ("PeerLost", "DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
 _COLLECTIVE = (
     "Connection closed by peer",
     "Timed out waiting",
@@ -34,7 +38,7 @@ class Remains:
     """What could be found out about a rank that ended."""
 
     lines: list[str]
-    memory_available_bytes: int
+    memory_available_bytes: int | None
     oom_killed: bool
 
 
@@ -44,6 +48,7 @@ class Scene:
 
     infos: Mapping[int, RankInfo]
     stages: Mapping[int, str]
+    logs: Mapping[int, str]
     examine: Callable[[RankInfo], Remains]
 
 
@@ -68,13 +73,8 @@ def kind_of(error: BaseException) -> Kind:
     cause = cause_of(error)
     if isinstance(cause, UserError):
         return Kind.APPLICATION
-    if type(cause).__name__ in (
-        "PeerLost",
-        "DistError",
-        "DistBackendError",
-        "DistNetworkError",
-        "DistStoreError",
-    ):
+    # by name: their classes come with torch, which the driver does not import
+    if type(cause).__name__ in _COLLECTIVE_TYPES:
         return Kind.COLLECTIVE
     if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _COLLECTIVE):
         return Kind.COLLECTIVE
@@ -92,9 +92,8 @@ def digest(errors: Mapping[int, BaseException], scene: Scene) -> BaseException:
         case Kind.APPLICATION:
             cause = cause_of(errors[rank])
             if not isinstance(cause, UserError):
-                cause.add_note(
-                    f"raised on rank {rank} while {scene.stages.get(rank, 'running')}:\n{errors[rank]}"
-                )
+                trace = _COLOURS.sub("", str(errors[rank]))
+                cause.add_note(f"raised on rank {rank} while {scene.stages.get(rank, 'running')}:\n{trace}")
             return cause
         case Kind.DEATH:
             return Refused(_lost(rank, errors[rank], scene))
@@ -113,16 +112,22 @@ def _lost(rank: int, error: BaseException, scene: Scene) -> Problem:
             _first_line(error),
         )
     remains = scene.examine(info)
-    free = f"its host has {remains.memory_available_bytes / 2**30:.1f} GiB memory left"
-    short = remains.oom_killed or remains.memory_available_bytes < LOW_MEMORY_BYTES
-    lines = [line for line in remains.lines if line.strip()][-LINES_SHOWN:]
-    why = "\n".join([f"{_how(error, remains)}; {free}", *(f"  | {line}" for line in lines)])
+    free = remains.memory_available_bytes
+    short = remains.oom_killed or (free is not None and free < LOW_MEMORY_BYTES)
+    memory = "" if free is None else f"; its host has {free / 2**30:.1f} GiB memory left"
+    lines = [line[:LINE_COLUMNS] for line in remains.lines if _worth_showing(line)][-LINES_SHOWN:]
+    why = "\n".join([f"{_how(error, remains)}{memory}", *(f"  | {line}" for line in lines)])
     fix = (
         "fewer ranks per node, a smaller runtime.context or runtime.max_batch"
         if short
         else "run it again; if it ends so again, job=doctor, or report it with these lines"
     )
-    return Problem("rank-lost", f"rank {rank} ended while {stage}", _where(info), why, fix)
+    return Problem("rank-lost", f"rank {rank} ended while {stage}", _where(info, scene), why, fix)
+
+
+def _worth_showing(line: str) -> bool:
+    # Ray's own marks, and a list of everything imported
+    return bool(line.strip()) and not line.startswith((":job_id:", ":actor_name:", "Extension modules:"))
 
 
 def _how(error: BaseException, remains: Remains) -> str:
@@ -148,17 +153,17 @@ def _stuck(rank: int, cause: BaseException, scene: Scene) -> Problem:
     who = f"waiting for rank {late}" if late is not None else "waiting for the others"
     stages = ", ".join(f"rank {r} {stage}" for r, stage in sorted(scene.stages.items()))
     return Problem(
-        "collective-timeout",
+        "hccl-timeout" if info and info.device.startswith("npu") else "collective-timeout",
         f"rank {rank} gave up {who}",
-        _where(info) if info else "",
+        _where(info, scene) if info else "",
         f"{_first_line(cause)}; then: {stages}",
         "is a rank slow (host busy, slow disk)?   cluster.join_timeout_s=… or cluster.collective_timeout_s=…",
     )
 
 
-def _where(info: RankInfo) -> str:
+def _where(info: RankInfo, scene: Scene) -> str:
     device = f"device {info.devices}" if info.devices else info.device
-    log = f", log {info.log_path}" if info.log_path else ""
+    log = f", log {scene.logs[info.rank]}" if info.rank in scene.logs else ""
     return f"node {info.address} ({info.host}), {device}, pid {info.pid}{log}"
 
 

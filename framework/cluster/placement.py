@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -59,8 +60,11 @@ def start(options: ClusterOptions, ranks: int, threads: int) -> Cluster:
         InputError: `package-missing`.
     """
     _environment(options)
+    # read once, at import: makes Ray's servers listen on the loopback interface alone, on Linux too
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if options.name == "local" else {}
     try:
-        import ray
+        with _variables(loopback):
+            import ray
     except ImportError as error:
         raise InputError(
             Problem(
@@ -84,19 +88,32 @@ def _start_local(ranks: int, threads: int) -> Cluster:
 
     folder = _folder("nl-")
     before = set(processes.descendants(os.getpid()))
-    with _stderr_to(folder / "driver.err"), _variables(worker_environment(threads)):
-        ray.init(
-            address="local",
-            num_cpus=max(1, ranks),  # as many workers are started ahead
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            object_store_memory=_object_store_bytes(),
-            _temp_dir=str(folder),
-            _node_ip_address="127.0.0.1",
-        )
-    roots = tuple(process for process in processes.descendants(os.getpid()) if process not in before)
-    return Cluster("the local Ray", True, True, folder, roots)
+    try:
+        with _stderr_to(folder / "driver.err"), _variables(worker_environment(threads)):
+            ray.init(
+                address="local",
+                num_cpus=max(1, ranks),  # as many workers are started ahead
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                object_store_memory=_object_store_bytes(),
+                _temp_dir=str(folder / "r"),  # Ray opens its folder to everybody; ours around it stays closed
+            )
+    except BaseException:
+        stop(Cluster("", True, True, folder, _since(before)))
+        raise
+    _end_on_sigterm()
+    return Cluster("the local Ray", True, True, folder, _since(before))
+
+
+def _end_on_sigterm() -> None:
+    """Turn SIGTERM into an orderly end, in place of Ray's handler, which prints a stack."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def _since(before: set[Process]) -> tuple[Process, ...]:
+    return tuple(process for process in processes.descendants(os.getpid()) if process not in before)
 
 
 def _attach(options: ClusterOptions) -> Cluster:
@@ -198,7 +215,9 @@ def _no_place(
         total += has
         free = free_of.get(node["NodeID"], {}).get(unit, 0.0)
         said = f"{free:g} of {has:g} {unit} free" if has else f"no {unit} registered"
-        lines.append(f"node {node['NodeManagerAddress']} ({node['NodeName']}, {node['NodeID'][:6]}): {said}")
+        lines.append(
+            f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node['NodeID'][:6]}): {said}"
+        )
     state = placement_group_table(group).get("stats", {}).get("scheduling_state", "")
     never = "; no node can ever give this" if state == "INFEASIBLE" else ""
     asked = f"asked {ranks} x {wanted[unit]:g} {unit}, {options.strategy}{never}"
@@ -265,9 +284,13 @@ def _object_store_bytes() -> int:
 
 
 def _quiet() -> None:
-    """Keep Ray's warnings off the screen: a NPU resource without `acl` logs two tracebacks."""
+    """Keep Ray off the screen: it warns of NPUs without `acl`, and prints the deaths of workers to stdout."""
+    import ray._private.worker
+
     for name in ("ray", "ray._private.accelerators.npu"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # no setting silences these messages, and the digest of failures says what they would
+    ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
 
 
 @contextmanager

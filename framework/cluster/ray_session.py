@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,8 @@ from framework.cluster.rank import Rank, RankInfo
 
 # a death may be noticed by its peers before Ray tells of it
 BETTER_CAUSE_S = {Kind.APPLICATION: 0.0, Kind.DEATH: 0.2, Kind.COLLECTIVE: 3.0}
-EXAMINE_S = 2.0
+EXAMINE_S = 4.0
+KILL_S = 1.0
 
 
 class RaySession:
@@ -80,10 +85,11 @@ class RaySession:
         }
         latest: dict[int, tuple[int, int]] = {}
         for rank, (done, total) in self._items(streams):
+            if not total:
+                continue
             latest[rank] = done, total
-            if total:
-                self._stages[rank] = f"loading ({100 * done // total} %)"
-            if on_progress is not None:
+            self._stages[rank] = f"loading ({100 * done // total} %)"
+            if on_progress is not None and len(latest) == plan.tp_size:
                 sums = [sum(values) for values in zip(*latest.values(), strict=True)]
                 on_progress(sums[0], sums[1])
         self._note("ready")
@@ -127,10 +133,11 @@ class RaySession:
         if self._closed:
             return
         self._closed = True
-        self._kill()
-        with suppress(Exception):
-            placement.remove(self._group)
-        placement.stop(self._cluster)
+        with _no_interrupts():
+            self._kill()
+            with suppress(Exception):
+                placement.remove(self._group)
+            placement.stop(self._cluster)
 
     def _active(self) -> list[Any]:
         return self._actors[: self._joined or len(self._actors)]
@@ -204,8 +211,8 @@ class RaySession:
                 else:
                     if not isinstance(source, ObjectRefGenerator):
                         del waiting[source]
-        found = digest(errors, Scene(self._infos, self._stages, self._examine))
-        self._keep_logs(errors)
+        logs = self._keep_logs(errors)
+        found = digest(errors, Scene(self._infos, self._stages, logs, self._examine))
         self._kill()
         return found
 
@@ -214,30 +221,33 @@ class RaySession:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        if self._cluster.owned:
+        if self._cluster.owned or (info.host == platform.node() and Path(info.log_path).is_file()):
             return _remains(info.log_path, self._oom_kills)
         node = next(
             (n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == info.address), None
         )
         if node is None:
-            return Remains([], 0, False)
+            return Remains([], None, False)
         task = ray.remote(_remains).options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
         )
         try:
             return ray.get(task.remote(info.log_path, -1), timeout=EXAMINE_S)
         except Exception:  # noqa: BLE001 -- the death is reported all the same
-            return Remains([], 0, False)
+            return Remains([], None, False)
 
-    def _keep_logs(self, errors: dict[int, BaseException]) -> None:
-        if self._log_dir is None:
-            return
-        for rank in errors:
+    def _keep_logs(self, errors: dict[int, BaseException]) -> dict[int, str]:
+        """Write the failed ranks' logs to `log_dir`; return the paths that stay to be read, by rank."""
+        logs = {} if self._cluster.owned else {r: i.log_path for r, i in self._infos.items() if i.log_path}
+        for rank in errors if self._log_dir is not None else ():
             info = self._infos.get(rank)
-            if info is not None:
-                text = "\n".join(self._examine(info).lines)
-                with suppress(OSError):
-                    (self._log_dir / f"log.rank{rank}.txt").write_text(text + "\n", encoding="utf-8")
+            if info is None:
+                continue
+            path = self._log_dir / f"log.rank{rank}.txt"
+            with suppress(OSError):
+                path.write_text("\n".join(self._examine(info).lines) + "\n", encoding="utf-8")
+                logs[rank] = str(path)
+        return logs
 
     def _kill(self) -> None:
         import ray
@@ -245,8 +255,26 @@ class RaySession:
         for actor in self._actors:
             with suppress(Exception):
                 ray.kill(actor, no_restart=True)
+        if self._cluster.owned:
+            # while their parent lives it reaps them
+            mine = {info.pid for info in self._infos.values()}
+            below = processes.descendants(os.getpid())
+            processes.end((process for process in below if process.pid in mine), KILL_S)
         self._actors = []
         self._joined = 0
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Let a second Ctrl-C not leave half of a clean-up undone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _maker(
