@@ -150,7 +150,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], list[TensorInfo]]:
     tensor_count, pair_count = cursor.scalar("<Q"), cursor.scalar("<Q")
     # the smallest pair takes 13 bytes, the smallest tensor entry 33
     if pair_count * 13 + tensor_count * 33 > cursor.size:
-        raise malformed(path, f"{tensor_count} tensors and {pair_count} keys do not fit a file of {cursor.size} bytes")
+        raise truncated(path, f"{tensor_count} tensors and {pair_count} keys do not fit a file of {cursor.size} bytes")
     metadata: dict[str, Any] = {}
     for _ in range(pair_count):
         key = cursor.text()
@@ -187,7 +187,7 @@ def _strings(cursor: _Cursor, count: int) -> Strings:
     try:
         for _ in range(count):
             position += 8 + unpack(data, position)[0]
-    except struct.error:
+    except (struct.error, OverflowError):
         position = end + 1
     if position > end:
         if end < cursor.size:

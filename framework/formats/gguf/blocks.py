@@ -13,13 +13,9 @@ from torch import Tensor
 
 from framework.checkpoint.gguf import GGML_TYPES
 from framework.formats.gguf import iq
+from framework.formats.gguf.fp16 import half
 
 Dequantize = Callable[[Tensor], Tensor]
-
-
-def half(raw: Tensor) -> Tensor:
-    """uint8 [.., 2] -> fp32 [.., 1] of the fp16 they hold."""
-    return raw.contiguous().view(torch.float16).float()
 
 
 def nibbles(raw: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 from framework.checkpoint.gguf import GGML_TYPES
 from framework.checkpoint.index import Index, TensorInfo
 from framework.checkpoint.reader import Reader
-from framework.formats.gguf.blocks import dequantize, half, nibbles
+from framework.formats.gguf.blocks import dequantize, nibbles
+from framework.formats.gguf.fp16 import half
 from framework.formats.gguf.layout import GROUP, PERMUTED, architecture, tensor_name
 from framework.geometry import Kind, Module, Rect
 from framework.quantization.tensor import QuantTensor

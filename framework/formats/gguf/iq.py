@@ -8,17 +8,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from framework.formats.gguf.fp16 import half
+
 _KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-
-
-def _half(raw: Tensor) -> Tensor:
-    return raw.contiguous().view(torch.float16).float()
 
 
 def _words(raw: Tensor, dtype: torch.dtype) -> Tensor:
     """Little-endian words as int64 (unsigned)."""
     size = torch.tensor([], dtype=dtype).element_size()
-    values = raw.contiguous().view(dtype).long()
+    values = raw.clone(memory_format=torch.contiguous_format).view(dtype).long()  # a slice may lie unaligned
     return values & ((1 << 8 * size) - 1)
 
 
@@ -56,7 +54,7 @@ def _kvalues(codes: Tensor) -> Tensor:
 
 def _iq4_nl(raw: Tensor) -> Tensor:
     packed = raw[:, 2:]
-    return _half(raw[:, :2]) * _kvalues(torch.cat((packed & 15, packed >> 4), dim=1))
+    return half(raw[:, :2]) * _kvalues(torch.cat((packed & 15, packed >> 4), dim=1))
 
 
 def _iq4_xs(raw: Tensor) -> Tensor:
@@ -65,20 +63,20 @@ def _iq4_xs(raw: Tensor) -> Tensor:
     scales = (low | (((high >> (2 * torch.arange(8))) & 3) << 4)) - 32
     packed = raw[:, 8:].view(-1, 8, 16)
     values = _kvalues(torch.cat((packed & 15, packed >> 4), dim=2))
-    return ((_half(raw[:, :2]) * scales.float()).unsqueeze(2) * values).flatten(1)
+    return ((half(raw[:, :2]) * scales.float()).unsqueeze(2) * values).flatten(1)
 
 
 def _iq2_xxs(raw: Tensor) -> Tensor:
     words = _words(raw[:, 2:], torch.int32).view(-1, 8, 2)
     index = (words[:, :, :1] >> (8 * torch.arange(4))) & 255
-    scale = _half(raw[:, :2]) * (0.5 + (words[:, :, 1] >> 28).float()) * 0.25
+    scale = half(raw[:, :2]) * (0.5 + (words[:, :, 1] >> 28).float()) * 0.25
     signs = _signs(_sign_bytes()[(words[:, :, 1:] >> (7 * torch.arange(4))) & 127])
     return (scale.view(-1, 8, 1, 1) * _grid("IQ2_XXS")[index] * signs).flatten(1)
 
 
 def _iq2_xs(raw: Tensor) -> Tensor:
     codes = _words(raw[:, 2:66], torch.int16)
-    scale = _half(raw[:, :2]) * (0.5 + _nibble_pairs(raw[:, 66:74]).float()) * 0.25
+    scale = half(raw[:, :2]) * (0.5 + _nibble_pairs(raw[:, 66:74]).float()) * 0.25
     values = _grid("IQ2_XS")[codes & 511] * _signs(_sign_bytes()[codes >> 9])
     return (scale.view(-1, 16, 1, 1) * values.view(-1, 16, 2, 8)).flatten(1)
 
@@ -86,14 +84,14 @@ def _iq2_xs(raw: Tensor) -> Tensor:
 def _iq2_s(raw: Tensor) -> Tensor:
     high = (raw[:, 66:74].long().unsqueeze(2) >> (2 * torch.arange(4))) & 3
     index = raw[:, 2:34].long() | (high.flatten(1) << 8)
-    scale = _half(raw[:, :2]) * (0.5 + _nibble_pairs(raw[:, 74:82]).float()) * 0.25
+    scale = half(raw[:, :2]) * (0.5 + _nibble_pairs(raw[:, 74:82]).float()) * 0.25
     values = _grid("IQ2_S")[index] * _signs(raw[:, 34:66].long())
     return (scale.view(-1, 16, 1, 1) * values.view(-1, 16, 2, 8)).flatten(1)
 
 
 def _iq3_xxs(raw: Tensor) -> Tensor:
     words = _words(raw[:, 66:98], torch.int32)
-    scale = _half(raw[:, :2]) * (0.5 + (words >> 28).float()) * 0.5
+    scale = half(raw[:, :2]) * (0.5 + (words >> 28).float()) * 0.5
     signs = _signs(_sign_bytes()[(words.unsqueeze(2) >> (7 * torch.arange(4))) & 127])
     values = _grid("IQ3_XXS")[raw[:, 2:66].long()].view(-1, 8, 4, 8)
     return (scale.view(-1, 8, 1, 1) * values * signs).flatten(1)
@@ -102,7 +100,7 @@ def _iq3_xxs(raw: Tensor) -> Tensor:
 def _iq3_s(raw: Tensor) -> Tensor:
     high = (raw[:, 66:74].long().unsqueeze(2) >> torch.arange(8)) & 1
     index = raw[:, 2:66].long() | (high.flatten(1) << 8)
-    scale = _half(raw[:, :2]) * (1 + 2 * _nibble_pairs(raw[:, 106:110]).float())
+    scale = half(raw[:, :2]) * (1 + 2 * _nibble_pairs(raw[:, 106:110]).float())
     values = _grid("IQ3_S")[index].view(-1, 8, 4, 8) * _signs(raw[:, 74:106].long()).view(-1, 8, 4, 8)
     return (scale.view(-1, 8, 1, 1) * values).flatten(1)
 
@@ -110,7 +108,7 @@ def _iq3_s(raw: Tensor) -> Tensor:
 def _iq1_s(raw: Tensor) -> Tensor:
     high = _words(raw[:, 34:50], torch.int16)
     index = raw[:, 2:34].long().view(-1, 8, 4) | (((high.unsqueeze(2) >> (3 * torch.arange(4))) & 7) << 8)
-    scale = _half(raw[:, :2]) * (2 * ((high >> 12) & 7).float() + 1)
+    scale = half(raw[:, :2]) * (2 * ((high >> 12) & 7).float() + 1)
     delta = torch.where(high & 0x8000 != 0, -0.125, 0.125)
     return (scale.view(-1, 8, 1, 1) * (_grid("IQ1_S")[index] + delta.view(-1, 8, 1, 1))).flatten(1)
 
