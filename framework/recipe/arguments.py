@@ -1,0 +1,116 @@
+"""Flags and overrides told apart, wherever they stand: Hydra wants all flags on one side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from framework.errors import InputError, Problem, nearest
+
+# flag: (Hydra's name, the values it takes; () none, None any)
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_FLAGS: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "--help": ("--help", ()),
+    "-h": ("--help", ()),
+    "--hydra-help": ("--hydra-help", ()),
+    "--version": ("--version", ()),
+    "--multirun": ("--multirun", ()),
+    "-m": ("--multirun", ()),
+    "--run": ("--run", ()),
+    "-r": ("--run", ()),
+    "--resolve": ("--resolve", ()),
+    "--cfg": ("--cfg", ("job", "hydra", "all")),
+    "-c": ("--cfg", ("job", "hydra", "all")),
+    "--info": ("--info", _INFO),
+    "-i": ("--info", _INFO),
+    "--package": ("--package", None),
+    "-p": ("--package", None),
+    "--config-dir": ("--config-dir", None),
+    "-cd": ("--config-dir", None),
+    "--shell-completion": ("--shell-completion", ()),
+    "-sc": ("--shell-completion", ()),
+}
+_NOT_OURS = {
+    "--experimental-rerun": "it would unpickle a file",
+    "--config-path": "the config of this program is its own",
+    "-cp": "the config of this program is its own",
+    "--config-name": "the config of this program is its own",
+    "-cn": "the config of this program is its own",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A command line in Hydra's order."""
+
+    flags: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    @property
+    def multirun(self) -> bool:
+        """Commas sweep."""
+        return "--multirun" in self.flags
+
+    @property
+    def version(self) -> bool:
+        """Only the version is asked."""
+        return "--version" in self.flags
+
+    @property
+    def completing(self) -> bool:
+        """A shell asks what could come next."""
+        return "--shell-completion" in self.flags
+
+    @property
+    def running(self) -> bool:
+        """A job will run: nothing is only shown."""
+        shows = ("--help", "--hydra-help", "--cfg", "--info", "--shell-completion")
+        return not any(flag.startswith(shows) for flag in self.flags)
+
+
+def split_arguments(given: Sequence[str]) -> Arguments:
+    """Sort flags from overrides.
+
+    Raises:
+        InputError: `unknown-flag`.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    problems: list[Problem] = []
+    rest = list(given)
+    while rest:
+        text = rest.pop(0)
+        if not text.startswith("-") or text == "-":
+            overrides.append(text)
+            continue
+        name, equals, value = text.partition("=")
+        if name not in _FLAGS:
+            problems.append(_unknown(name, value))
+            continue
+        flag, takes = _FLAGS[name]
+        if takes is None or takes:
+            if not equals and rest and (takes is None or rest[0] in takes):
+                value = rest.pop(0)
+            elif not equals and flag == "--info":
+                value = "all"
+            if takes and value not in takes:
+                problems.append(
+                    Problem("unknown-flag", f"{flag} takes one of {', '.join(takes)}", "command line",
+                            fix=f"{flag} {takes[0]}")
+                )  # fmt: skip
+            flags.append(f"{flag}={value}")
+        else:
+            flags.append(flag)
+    if problems:
+        raise InputError(problems)
+    return Arguments(tuple(flags), tuple(overrides))
+
+
+def _unknown(name: str, value: str) -> Problem:
+    if name in _NOT_OURS:
+        return Problem("unknown-flag", f"{name} cannot be used here", "command line", _NOT_OURS[name])
+    near = nearest(name, _FLAGS)
+    bare = name.lstrip("-").replace("-", "_")
+    fix = near[0] if near else f"{bare}={value}" if value else "--help"
+    return Problem("unknown-flag", f"there is no flag {name}", "command line",
+                   "options of a run are written key=value, without dashes", fix)  # fmt: skip

@@ -1,0 +1,132 @@
+"""The options of each job, typed, with their defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from framework.recipe.schema import Auto, Messages, OutputFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Prompts to streamed text and results.jsonl."""
+
+    prompts: tuple[str | Messages, ...] = field(
+        default=(), metadata={"examples": [["The capital of France is"]]}
+    )
+    """Texts, or lists of chat messages ({role, content})."""
+    prompt_file: str | None = field(default=None, metadata={"path": True})
+    """A file of prompts: .txt, one a line, or .jsonl with `prompt` or `messages`."""
+    max_new_tokens: int = field(default=64, metadata={"minimum": 1})
+    """Tokens to generate for a prompt, at most."""
+    temperature: float = field(default=0.0, metadata={"minimum": 0})
+    """0 is greedy."""
+    top_k: int = field(default=0, metadata={"minimum": 0})
+    """Sample from the k likeliest tokens; 0: all."""
+    top_p: float = field(default=1.0, metadata={"above": 0, "maximum": 1})
+    """Sample from the likeliest tokens that together have this probability."""
+    min_p: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
+    """Drop tokens less likely than this share of the likeliest."""
+    repetition_penalty: float = field(default=1.0, metadata={"above": 0})
+    """Above 1: tokens that were seen become less likely."""
+    stop: tuple[str | int, ...] = ()
+    """Texts or token ids that end an answer."""
+    logprobs: int = field(default=0, metadata={"minimum": 0})
+    """Log probabilities of this many tokens a position in results.jsonl."""
+    chat: bool | Auto = "auto"
+    """Render prompts by the chat template; auto: where the model has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The recipe against headers and tables; no torch, no Ray."""
+
+    format: OutputFormat = "text"
+    """What is written to standard output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Scheme per layer, shard per rank, bytes per device, roofline; no torch, no Ray."""
+
+    format: OutputFormat = "text"
+    """What is written to standard output."""
+    html: str | None = field(default=None, metadata={"path": True})
+    """Draw the plan into this file."""
+    against: str | None = field(default=None, metadata={"path": True})
+    """Another plan.json: show the difference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Logits against a reference file or another recipe."""
+
+    reference: str | None = field(default=None, metadata={"path": True})
+    """A .npz or .safetensors file of token ids and logits."""
+    logits_key: str | None = None
+    """Which logits of the file, where it holds several."""
+    against: str | None = field(default=None, metadata={"recipe": True})
+    """Another recipe, by name or path."""
+    metric: Literal["max_abs", "rel_l2"] = "max_abs"
+    """The distance that is held against the tolerance."""
+    tolerance: float | None = field(default=None, metadata={"minimum": 0})
+    """Largest distance; null: 1e-3 (float32) or 5e-2 (else) of the largest absolute reference logit."""
+    min_top1: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
+    """Smallest share of positions with the same likeliest token."""
+    per_module: bool = False
+    """Name the first module whose output leaves the tolerance."""
+    format: OutputFormat = "text"
+    """What is written to standard output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Time to first token, prefill and decode speed, load time, bytes per rank."""
+
+    prompt_tokens: int = field(default=512, metadata={"minimum": 1})
+    """Tokens of a prompt."""
+    new_tokens: int = field(default=64, metadata={"minimum": 1})
+    """Tokens to generate."""
+    batch_sizes: tuple[int, ...] = field(default=(1, 4, 8), metadata={"minimum": 1})
+    """Sequences at once."""
+    format: OutputFormat = "text"
+    """What is written to standard output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doctor:
+    """Versions, devices, what does not fit together and the fix."""
+
+    format: OutputFormat = "text"
+    """What is written to standard output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """The whole support table."""
+
+    format: OutputFormat = "text"
+    """What is written to standard output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """JSON Schema of a recipe."""
+
+
+JOBS: dict[str, type] = {
+    "generate": Generate,
+    "check": Check,
+    "plan": Plan,
+    "verify": Verify,
+    "bench": Bench,
+    "matrix": Matrix,
+    "doctor": Doctor,
+    "schema": Schema,
+}
+RESERVED_JOBS = ("render", "quantize", "repack", "serve")
+WITHOUT_RECIPE = ("matrix", "doctor", "schema", "repack")
+DEFAULT_JOB = {"llm": "generate", "diffusion": "render"}
+# a job that makes one kind of thing; all others take both
+KIND_OF_JOB = {"generate": "llm", "bench": "llm", "serve": "llm", "render": "diffusion"}

@@ -1,0 +1,113 @@
+"""JSON Schema (draft-07) of a recipe, made from the dataclasses and the strings below their fields."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+from framework.recipe.fields import typed_fields
+from framework.recipe.job_options import JOBS
+from framework.recipe.schema import MISSING, SECTIONS
+from framework.recipe.yaml_file import group_names
+
+_TEXT = {
+    "hardware": "The tier, by name, or a mapping of `name` and figures that replace the tier's.",
+    "cluster": "Where ranks are started, by name, or a mapping of `name` and options.",
+    "job": "What is done, by name, or a mapping of `name` and the job's options. Left out: generate, or render.",
+}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the schema of a recipe file."""
+    properties: dict[str, Any] = {}
+    for section, cls in SECTIONS.items():
+        if section in _TEXT:
+            properties[section] = _group(section, dict.fromkeys(group_names(section), cls))
+        else:
+            properties[section] = _object(cls)
+    properties["job"] = _group("job", JOBS)
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "npu-launch recipe",
+        "description": "What should run: the model, the hardware tier, a scheme per layer pattern, the ranks.",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["model"],
+        "properties": properties,
+    }
+
+
+def _group(group: str, options: Mapping[str, type]) -> dict[str, Any]:
+    """A name, or a mapping with `name`; options of equal type share one branch."""
+    branches: list[dict[str, Any]] = [{"type": "string", "enum": list(options)}]
+    by_type: dict[type, list[str]] = {}
+    for name, cls in options.items():
+        by_type.setdefault(cls, []).append(name)
+    for cls, names in by_type.items():
+        branch = _object(cls)
+        own = {"enum": names, "description": f"The {group}."}
+        branch["properties"] = {"name": own} | {k: v for k, v in branch["properties"].items() if k != "name"}
+        branch["required"] = ["name"]
+        branches.append(branch)
+    return {"description": _TEXT[group], "anyOf": branches}
+
+
+def _object(cls: type) -> dict[str, Any]:
+    properties = {}
+    for f in fields(cls):  # type: ignore[arg-type]
+        kind, metadata = typed_fields(cls)[f.name]
+        schema = _typed(kind, metadata)
+        schema["description"] = field_docs(cls)[f.name]
+        if f.default not in (MISSING, None) and isinstance(f.default, str | int | float | bool):
+            schema["default"] = f.default
+        if "examples" in metadata:
+            schema["examples"] = list(metadata["examples"])
+        properties[f.name] = schema
+    required = [f.name for f in fields(cls) if f.default == MISSING and f.name not in ("path", "variant")]  # type: ignore[arg-type]
+    schema = {"type": "object", "description": inspect.getdoc(cls), "additionalProperties": False}
+    return schema | ({"required": required} if required else {}) | {"properties": properties}
+
+
+def _typed(kind: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+    if get_origin(kind) in (Union, types.UnionType):
+        parts = [_typed(part, metadata) for part in get_args(kind)]
+        if metadata.get("tokens"):
+            parts.append({"type": "string", "pattern": "^[0-9]+[kKmM]$"})
+        return {"anyOf": parts}
+    if get_origin(kind) is Literal:
+        return {"type": "string", "enum": list(get_args(kind))}
+    if get_origin(kind) is tuple:
+        return {"type": "array", "items": _typed(get_args(kind)[0], metadata)}
+    if is_dataclass(kind):
+        return _object(kind)  # type: ignore[arg-type]
+    if kind is types.NoneType:
+        return {"type": "null"}
+    if kind in (str, bool):
+        return {"type": {str: "string", bool: "boolean"}[kind]}
+    if kind in (int, float):
+        bounds = {"minimum": "minimum", "maximum": "maximum", "above": "exclusiveMinimum"}
+        limits = {bounds[name]: value for name, value in metadata.items() if name in bounds}
+        return {"type": "integer" if kind is int else "number", **limits}
+    return {"type": "object", "additionalProperties": _typed(get_args(kind)[1], {})}
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the string below each field of a dataclass."""
+    body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for statement, below in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = (
+                below.value.value
+                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                else ""
+            )
+            docs[statement.target.id] = str(text)
+    return docs

@@ -1,0 +1,8 @@
+"""python launch.py recipe=NAME|PATH.yaml [job=JOB] [key=value ...]"""
+
+import sys
+
+from framework.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
