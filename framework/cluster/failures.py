@@ -25,6 +25,21 @@ _COLLECTIVE = (
 )
 
 
+class PeerLost(RuntimeError):  # noqa: N818 -- the field's name for it
+    """A rank that others waited for ended, or did not answer in time.
+
+    Lives here and not beside the collectives, so that a driver without torch can receive it.
+    """
+
+    def __init__(self, rank: int, why: str = "its process ended") -> None:
+        super().__init__(rank, why)
+        self.rank = rank
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} was lost: {self.why}"
+
+
 class Kind(IntEnum):
     """Whose fault an exception is, best explanation first."""
 

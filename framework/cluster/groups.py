@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from framework.cluster.failures import PeerLost
 from framework.cluster.processes import Process
 from framework.cluster.shared_memory import (
-    PeerLost,
+    SLOT_BYTES,
     Segment,
     SharedMemoryGroup,
     host_identity,
@@ -64,6 +65,7 @@ def join(
     address: str = "",
     join_timeout_s: float = 120.0,
     session: str = "0",
+    slot_bytes: int = SLOT_BYTES,
 ) -> Group:
     """Join the group of `size` ranks that meets at a store; returns when all have joined.
 
@@ -77,6 +79,7 @@ def join(
         address: this node's address, by which gloo's peers reach it; empty: by the host's name.
         join_timeout_s: how long to wait for all to come.
         session: name of this meeting, where one store serves several.
+        slot_bytes: what a rank may put into shared memory at a time; larger tensors go in chunks.
 
     Raises:
         PeerLost: not all ranks came in time.
@@ -88,7 +91,7 @@ def join(
         client = dist.TCPStore(store_host, store_port, is_master=False, timeout=wait)
         store = dist.PrefixStore(session, client)
         if backend in ("auto", "shared_memory"):
-            group = _join_shared_memory(rank, size, store, timeout_s)
+            group = _join_shared_memory(rank, size, store, timeout_s, slot_bytes)
             if group is not None:
                 return group
         name = "hccl" if backend == "hccl" else "gloo"
@@ -112,7 +115,13 @@ def name_of(group: Group) -> str:
     return "shared_memory" if isinstance(group, SharedMemoryGroup) else "alone"
 
 
-def _join_shared_memory(rank: int, size: int, store: Any, timeout_s: float) -> SharedMemoryGroup | None:  # noqa: ANN401
+def _join_shared_memory(
+    rank: int,
+    size: int,
+    store: Any,  # noqa: ANN401
+    timeout_s: float,
+    slot_bytes: int,
+) -> SharedMemoryGroup | None:
     """Return the group, or None, on every rank alike, where not all can map one segment."""
     me = Process.of(os.getpid())
     host = host_identity() if supported() else f"unsupported {rank}"
@@ -122,11 +131,11 @@ def _join_shared_memory(rank: int, size: int, store: Any, timeout_s: float) -> S
     if len(set(hosts)) > 1:
         return None
     if rank == 0:
-        segment: Segment | None = Segment.create(size)
+        segment: Segment | None = Segment.create(size, slot_bytes)
         assert segment is not None
         store.set("segment", segment.address)
     else:
-        segment = Segment.attach(_get(store, "segment"), size)
+        segment = Segment.attach(_get(store, "segment"), size, slot_bytes)
     store.set(f"attached/{rank}", "yes" if segment is not None else "no")
     attached = [_get(store, f"attached/{r}") == "yes" for r in range(size)]
     if segment is not None:

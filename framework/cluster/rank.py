@@ -11,7 +11,6 @@ import os
 import platform
 import queue
 import resource
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from framework.cluster.options import LOADER, ClusterOptions
+from framework.cluster.options import ClusterOptions
 
 PROGRESS_S = 0.25  # between two reports of loading
 BATCH_S = 0.025  # streamed items of this long travel together: 40 messages a second at any token rate
@@ -49,9 +48,8 @@ class Rank:
         rank: this rank's number.
         device: cpu or npu (then the one device that this process can see).
         options: time-outs and the backend of collectives.
-        loader: `module:function` that makes the model: called with (plan, group, progress).
         address: address of this node for the other ranks.
-        preload: import the loader's module (so torch) at once in the background.
+        preload: module to import (and torch) at once in the background; empty: none.
     """
 
     def __init__(
@@ -59,18 +57,17 @@ class Rank:
         rank: int,
         device: str = "cpu",
         options: ClusterOptions | None = None,
-        loader: str = LOADER,
         address: str = "127.0.0.1",
-        preload: bool = True,
+        preload: str = "",
     ) -> None:
-        self._rank, self._device, self._loader, self._address = rank, device, loader, address
+        self._rank, self._device, self._address = rank, device, address
         self._options = options or ClusterOptions()
         self._model: Any = None
         self._group: Any = None
         self._store: Any = None
         if preload:
             # a failed import shows again, with its traceback, in the method that needs the module
-            threading.Thread(target=_import_quietly, args=(loader,), daemon=True).start()
+            threading.Thread(target=_import_quietly, args=(preload,), daemon=True).start()
 
     def describe(self) -> RankInfo:
         """Return where this rank runs and the most host memory it has held."""
@@ -124,8 +121,11 @@ class Rank:
         )
         return groups.name_of(self._group)
 
-    def load(self, plan: Any, tokenizer_json: str | None, progress: Progress) -> None:  # noqa: ANN401
+    def load(self, loader: str, plan: Any, tokenizer_json: str | None, progress: Progress) -> None:  # noqa: ANN401
         """Drop what was loaded and load this rank's part of the plan.
+
+        `loader` is `module:function`, called with (plan, group, progress); what it returns has the methods
+        that the driver will name, and `set_tokenizer` if a tokenizer is given.
 
         Raises:
             UserError: what the loader refuses.
@@ -134,21 +134,29 @@ class Rank:
 
         self.unload()
         torch.set_num_threads(plan.runtime.threads)
-        module, _, function = self._loader.partition(":")
+        module, _, function = loader.partition(":")
         self._model = getattr(importlib.import_module(module), function)(plan, self._group, progress)
         if tokenizer_json is not None:
             self._model.set_tokenizer(tokenizer_json)
 
-    def load_streaming(self, plan: Any, tokenizer_json: str | None) -> Iterator[tuple[int, int]]:  # noqa: ANN401
+    def load_streaming(
+        self,
+        loader: str,
+        plan: Any,  # noqa: ANN401
+        tokenizer_json: str | None,
+    ) -> Iterator[tuple[int, int]]:
         """Load, yielding (bytes done, bytes in all) a few times a second."""
         import torch
 
         latest = [(0, 0)]
         outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
+        def report(done: int, total: int) -> None:
+            latest[0] = done, total
+
         def work() -> None:
             try:
-                self.load(plan, tokenizer_json, lambda done, total: latest.__setitem__(0, (done, total)))
+                self.load(loader, plan, tokenizer_json, report)
             except BaseException as error:  # noqa: BLE001 -- raised again by the generator
                 outcome.put(error)
             else:
@@ -194,8 +202,7 @@ class Rank:
         self._model = None
 
 
-def _import_quietly(loader: str) -> None:
+def _import_quietly(module: str) -> None:
     with suppress(ImportError):
         importlib.import_module("torch")
-        importlib.import_module(loader.partition(":")[0])
-    sys.stderr.flush()
+        importlib.import_module(module)

@@ -32,15 +32,11 @@ class RaySession:
         group: Any,  # noqa: ANN401
         make: Callable[[int], Any],
         size: int,
+        loader: str,
         log_dir: Path | None,
     ) -> None:
-        self._cluster, self._group, self._make, self._size, self._log_dir = (
-            cluster,
-            group,
-            make,
-            size,
-            log_dir,
-        )
+        self._cluster, self._group, self._make, self._size = cluster, group, make, size
+        self._loader, self._log_dir = loader, log_dir
         self._actors: list[Any] = []
         self._infos: dict[int, RankInfo] = {}
         self._joined = 0
@@ -67,20 +63,26 @@ class RaySession:
         cluster = placement.start(options, ranks, threads)
         try:
             group = placement.place(cluster, options, ranks, device)
-            session = cls(
-                cluster, group, _maker(cluster, options, group, device, threads, loader), ranks, log_dir
-            )
+            make = _maker(cluster, options, group, device, threads, loader)
         except BaseException:
             placement.stop(cluster)
             raise
-        return session
+        return cls(cluster, group, make, ranks, loader, log_dir)
 
-    def load(self, plan: Any, tokenizer_json: str | None = None, on_progress: Any = None) -> None:  # noqa: ANN401
+    def load(
+        self,
+        plan: Any,  # noqa: ANN401
+        tokenizer_json: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        *,
+        loader: str | None = None,
+    ) -> None:
         """See Session."""
+        chosen = loader or self._loader
         self._gather(plan.tp_size)
         self._note("loading")
         streams = {
-            actor.load_streaming.options(num_returns="streaming").remote(plan, tokenizer_json): rank
+            actor.load_streaming.options(num_returns="streaming").remote(chosen, plan, tokenizer_json): rank
             for rank, actor in enumerate(self._active())
         }
         latest: dict[int, tuple[int, int]] = {}
@@ -293,9 +295,9 @@ def _maker(
     nodes = placement_group_table(group)["bundles_to_node_id"]
     wanted = placement.bundle(options, device)
     # our own Ray was started with this environment already: its workers, started ahead, can be used
-    environment = (
-        {} if cluster.owned else {"runtime_env": {"env_vars": placement.worker_environment(threads)}}
-    )
+    environment = {"runtime_env": {"env_vars": placement.worker_environment(threads)}}
+    if cluster.owned:
+        environment = {}
 
     def make(rank: int) -> Any:  # noqa: ANN401
         actor = ray.remote(Rank).options(
@@ -305,7 +307,7 @@ def _maker(
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
             **environment,
         )
-        return actor.remote(rank, device, options, loader, addresses[nodes[rank]])
+        return actor.remote(rank, device, options, addresses[nodes[rank]], loader.partition(":")[0])
 
     return make
 

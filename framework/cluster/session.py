@@ -26,8 +26,10 @@ class Session(Protocol):
         plan: Any,  # noqa: ANN401
         tokenizer_json: str | None = None,
         on_progress: OnProgress | None = None,
+        *,
+        loader: str | None = None,
     ) -> None:
-        """Load a plan on its `tp_size` ranks, in place of what they held."""
+        """Load a plan on its `tp_size` ranks, in place of what they held; `loader`: for this once."""
         ...
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:  # noqa: ANN401
@@ -92,17 +94,22 @@ class InProcess:
     """A session of one rank in this process."""
 
     def __init__(self, options: ClusterOptions, loader: str) -> None:
-        self._rank = Rank(0, "cpu", options, loader, preload=False)
+        self._rank = Rank(0, "cpu", options)
+        self._loader = loader
 
     def load(
         self,
         plan: Any,  # noqa: ANN401
         tokenizer_json: str | None = None,
         on_progress: OnProgress | None = None,
+        *,
+        loader: str | None = None,
     ) -> None:
         """See Session."""
         self._rank.join(1)
-        self._rank.load(plan, tokenizer_json, on_progress or (lambda done, total: None))
+        self._rank.load(
+            loader or self._loader, plan, tokenizer_json, on_progress or (lambda done, total: None)
+        )
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:  # noqa: ANN401
         """See Session."""

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from framework.cluster.failures import PeerLost
 from framework.cluster.processes import Process
 
 LINE_BYTES = 128  # one sequence number in each: two cache lines, since the prefetcher takes pairs
@@ -35,21 +36,9 @@ SPINS = 50  # reads before the core is offered to others: a peer on the same cor
 YIELD_S = 0.02  # after this long, sleep between looks instead of yielding
 NAP_S = 0.0002
 LOOK_S = 0.05  # between looks whether the peers still live
-MAX_PREPARED = 256
+MAX_VIEWS = 1024
 
 _ALREADY_SUMMED_IN_OWN_DTYPE = (torch.float32, torch.float64, torch.int64, torch.int32)
-
-
-class PeerLost(RuntimeError):  # noqa: N818 -- the field's name for it
-    """A rank that others waited for ended, or did not answer in time."""
-
-    def __init__(self, rank: int, why: str = "its process ended") -> None:
-        super().__init__(rank, why)
-        self.rank = rank
-        self.why = why
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} was lost: {self.why}"
 
 
 def supported() -> bool:
@@ -92,7 +81,11 @@ class Segment:
         except OSError:
             return None
         # in another process namespace the same numbers may name an unrelated file: look before mapping
-        if os.pread(fd, TOKEN_BYTES, 0) != token.encode():
+        try:
+            same = os.pread(fd, TOKEN_BYTES, 0) == token.encode()
+        except OSError:
+            same = False
+        if not same:
             os.close(fd)
             return None
         segment = cls(fd, size, slot_bytes, address)
@@ -130,6 +123,7 @@ class SharedMemoryGroup:
         self._mine = _line(rank)
         self._peers = tuple(_line(r) for r in range(self.size) if r != rank)
         self._step = 0
+        self._views: dict[tuple[int, int, tuple[int, ...], torch.dtype], Tensor] = {}
         self._prepared: dict[
             tuple[torch.Size, torch.dtype], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
         ] = {}
@@ -160,20 +154,21 @@ class SharedMemoryGroup:
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """Overwrite `x` with the source rank's values and return it."""
-        flat = x if x.nbytes <= self._segment.slot_bytes else x.view(-1)
-        for chunk in (x,) if flat is x else flat.split(self._segment.slot_bytes // x.element_size()):
-            step = self._step + 1
-            slot = self._view(source, step, chunk.shape, x.dtype)
-            if self.rank == source:
-                slot.copy_(chunk)
-            self._exchange(step)
-            if self.rank != source:
-                chunk.copy_(slot)
+        if x.nbytes > self._segment.slot_bytes:
+            return self._broadcast_chunks(x, source)
+        step = self._step + 1
+        slot = self._view(source, step, x.shape, x.dtype)
+        if self.rank == source:
+            slot.copy_(x)
+        self._exchange(step)
+        if self.rank != source:
+            x.copy_(slot)
         return x
 
     def close(self) -> None:
         """Forget the segment (views of it stay valid while they live)."""
         self._prepared.clear()
+        self._views.clear()
         self._segment.close_file()
 
     def _exchange(self, step: int) -> None:
@@ -209,16 +204,26 @@ class SharedMemoryGroup:
             raise PeerLost(late, f"no answer for {self._timeout_s:g} s")
 
     def _view(self, rank: int, step: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return rank's slot of this step's parity as a tensor."""
+        key = rank, step & 1, tuple(shape), dtype
+        view = self._views.get(key)
+        if view is None:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            view = self._views[key] = self._make_view(*key)
+        return view
+
+    def _make_view(self, rank: int, parity: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = math.prod(shape)
         if not count:
-            return torch.empty(tuple(shape), dtype=dtype)
-        offset = _payload_start(self.size) + (2 * rank + (step & 1)) * self._segment.slot_bytes
-        return torch.frombuffer(self._segment.map, dtype=dtype, count=count, offset=offset).view(tuple(shape))
+            return torch.empty(shape, dtype=dtype)
+        offset = _payload_start(self.size) + (2 * rank + parity) * self._segment.slot_bytes
+        return torch.frombuffer(self._segment.map, dtype=dtype, count=count, offset=offset).view(shape)
 
     def _prepare(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
         if x.nbytes > self._segment.slot_bytes:
             return None
-        if len(self._prepared) >= MAX_PREPARED:
+        if len(self._prepared) >= MAX_VIEWS:
             self._prepared.clear()
         even, odd = (tuple(self._view(r, p, x.shape, x.dtype) for r in range(self.size)) for p in (0, 1))
         self._prepared[x.shape, x.dtype] = even, odd
@@ -229,6 +234,14 @@ class SharedMemoryGroup:
         for chunk in whole.view(-1).split(self._segment.slot_bytes // x.element_size()):
             chunk.copy_(self.all_reduce(chunk))
         return whole
+
+    def _broadcast_chunks(self, x: Tensor, source: int) -> Tensor:
+        whole = x.contiguous()
+        for chunk in whole.view(-1).split(self._segment.slot_bytes // x.element_size()):
+            self.broadcast(chunk, source)
+        if whole is not x:
+            x.copy_(whole)
+        return x
 
     def _gather_chunks(self, x: Tensor, shapes: list[tuple[int, ...]], dim: int) -> Tensor:
         count = self._segment.slot_bytes // x.element_size()

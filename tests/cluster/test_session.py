@@ -1,0 +1,93 @@
+"""Sessions: in this process, and over the shared warm ranks."""
+
+import subprocess
+import sys
+
+import pytest
+
+from framework.cluster.session import open_session
+from framework.errors import InputError, Refused
+from tests.cluster import stub
+
+
+def test_one_rank_on_the_cpu_runs_in_this_process_and_imports_no_ray():
+    program = """
+import os, sys
+from framework.cluster.session import open_session
+from tests.cluster import stub
+heard = []
+with open_session("local", stub.plan(1), loader=stub.LOADER) as session:
+    session.load(stub.plan(1), "a tokenizer", lambda done, total: heard.append((done, total)))
+    assert session.call("rank_and_tokenizer") == [(0, "a tokenizer")]
+    assert list(session.stream("generate", [1, 2])) == [[1.0], [2.0]]
+    assert session.describe()[0].pid == os.getpid()
+assert heard == [(50, 100), (100, 100)]
+assert "ray" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_an_unknown_cluster_key_names_the_nearest_one():
+    with (
+        pytest.raises(InputError, match="strateg") as caught,
+        open_session({"strategi": "PACK"}, stub.plan(2)),
+    ):
+        pass
+    assert "cluster.strategy" in caught.value.problems[0].fix
+
+
+@pytest.mark.ray
+def test_ranks_load_stream_and_answer_together(warm_session):
+    heard = []
+    plan = stub.plan(2, load_steps=4, load_step_s=0.3)
+    warm_session.load(plan, "a tokenizer", lambda *both: heard.append(both), loader=stub.LOADER)
+    assert heard[-1] == (200, 200)
+    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+    assert len(heard) > 2
+    assert warm_session.carrier() == "shared_memory"
+    assert warm_session.call("rank_and_tokenizer") == [(0, "a tokenizer"), (1, "a tokenizer")]
+    assert warm_session.call("threads") == [1, 1]
+    assert list(warm_session.stream("generate", list(range(100)))) == [[2.0 * i] for i in range(100)]
+
+
+@pytest.mark.ray
+def test_warm_ranks_take_plans_of_other_sizes(warm_session):
+    for size, total in ((3, 6.0), (1, 1.0), (2, 3.0)):
+        warm_session.load(stub.plan(size), loader=stub.LOADER)
+        assert warm_session.call("sum_of_ranks", 2) == [[total, total]] * size
+    pids = [info.pid for info in warm_session.describe()]
+    warm_session.load(stub.plan(3), loader=stub.LOADER)
+    assert [info.pid for info in warm_session.describe()][:2] == pids
+
+
+@pytest.mark.ray
+def test_the_driver_needs_no_torch_and_ranks_log_to_files(warm_session):
+    warm_session.load(stub.plan(2), loader=stub.LOADER)
+    infos = warm_session.describe()
+    assert [info.rank for info in infos] == [0, 1]
+    assert all(
+        info.log_path and info.address == "127.0.0.1" and info.peak_host_bytes > 1 << 20 for info in infos
+    )
+
+
+@pytest.mark.ray
+def test_what_a_rank_refuses_reaches_the_user_as_it_is_and_ranks_can_start_again(warm_session):
+    with pytest.raises(Refused) as caught:
+        warm_session.load(stub.plan(2, refuse_rank=1), loader=stub.LOADER)
+    assert [problem.code for problem in caught.value.problems] == ["stub-refused"]
+    warm_session.load(stub.plan(2), loader=stub.LOADER)
+    with pytest.raises(ZeroDivisionError) as bug:
+        list(warm_session.stream("generate", list(range(50)), 0.001, 1, 20))
+    assert "raised on rank 1 while in decode" in bug.value.__notes__[0]
+    assert "stub.py" in bug.value.__notes__[0]
+
+
+@pytest.mark.ray
+def test_a_rank_that_exits_is_named_although_another_fails_by_it(warm_session, tmp_path):
+    warm_session.load(stub.plan(2), loader=stub.LOADER)
+    with pytest.raises(Refused) as caught:
+        warm_session.call("end", 1)
+    problem = caught.value.problems[0]
+    assert problem.code == "rank-lost"
+    assert problem.what == "rank 1 ended while running end"
+    assert "GiB memory left" in problem.why

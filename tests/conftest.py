@@ -1,0 +1,23 @@
+"""What tests share: one Ray with ranks that stay warm."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def _warm_ranks():
+    from framework.cluster.options import LOADER, ClusterOptions
+    from framework.cluster.ray_session import RaySession
+
+    session = RaySession.start(ClusterOptions(), ranks=4, device="cpu", threads=1, loader=LOADER)
+    yield session
+    session.close()
+
+
+@pytest.fixture
+def warm_session(_warm_ranks):
+    """A session whose ranks were used before and will be again: load a plan of up to 4 ranks on it.
+
+    Mark the test `ray`. A test that loads something else than a model passes `loader="module:function"`.
+    """
+    yield _warm_ranks
+    _warm_ranks.unload()
