@@ -1,5 +1,9 @@
 """What tests share: one Ray with ranks that stay warm."""
 
+import gc
+import warnings
+from contextlib import contextmanager
+
 import pytest
 
 
@@ -8,9 +12,21 @@ def _warm_ranks():
     from framework.cluster.options import LOADER, ClusterOptions
     from framework.cluster.ray_session import RaySession
 
-    session = RaySession.start(ClusterOptions(), ranks=4, device="cpu", threads=1, loader=LOADER)
+    with _lenient():
+        session = RaySession.start(ClusterOptions(), ranks=4, device="cpu", threads=1, loader=LOADER)
     yield session
-    session.close()
+    with _lenient():
+        session.close()
+        del session
+        gc.collect()
+
+
+@contextmanager
+def _lenient():
+    # Ray leaves its processes' objects to the collector, which warns of them
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @pytest.fixture

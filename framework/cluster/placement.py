@@ -60,11 +60,8 @@ def start(options: ClusterOptions, ranks: int, threads: int) -> Cluster:
         InputError: `package-missing`.
     """
     _environment(options)
-    # read once, at import: makes Ray's servers listen on the loopback interface alone, on Linux too
-    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if options.name == "local" else {}
     try:
-        with _variables(loopback):
-            import ray
+        import ray
     except ImportError as error:
         raise InputError(
             Problem(
@@ -89,7 +86,7 @@ def _start_local(ranks: int, threads: int) -> Cluster:
     folder = _folder("nl-")
     before = set(processes.descendants(os.getpid()))
     try:
-        with _stderr_to(folder / "driver.err"), _variables(worker_environment(threads)):
+        with _loopback(), _stderr_to(folder / "driver.err"), _variables(worker_environment(threads)):
             ray.init(
                 address="local",
                 num_cpus=max(1, ranks),  # as many workers are started ahead
@@ -260,16 +257,17 @@ def _environment(options: ClusterOptions) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return
-    if options.name == "attach":
-        if (Path.home() / ".ray" / "auth_token").exists():
-            os.environ["RAY_AUTH_MODE"] = "token"
+    if options.name == "local":
+        path = _folder("nl-token-") / "token"
+        path.touch(mode=0o600, exist_ok=False)
+        path.write_text(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+        atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    elif not (Path.home() / ".ray" / "auth_token").exists():
         return
-    path = _folder("nl-token-") / "token"
-    path.touch(mode=0o600, exist_ok=False)
-    path.write_text(secrets.token_hex(32))
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    # a Ray that was imported before would not see it; it turns tokens on by itself where it finds one
+    if "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def _folder(prefix: str) -> Path:
@@ -291,6 +289,23 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # no setting silences these messages, and the digest of failures says what they would
     ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Let a Ray that starts within listen on the loopback interface alone.
+
+    Ray does so where it makes no clusters, on Windows and macOS; elsewhere there is no setting for it, and
+    127.0.0.1, if given as the address, is replaced by the host's.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

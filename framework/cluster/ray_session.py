@@ -241,13 +241,13 @@ class RaySession:
     def _keep_logs(self, errors: dict[int, BaseException]) -> dict[int, str]:
         """Write the failed ranks' logs to `log_dir`; return the paths that stay to be read, by rank."""
         logs = {} if self._cluster.owned else {r: i.log_path for r, i in self._infos.items() if i.log_path}
-        for rank in errors if self._log_dir is not None else ():
-            info = self._infos.get(rank)
-            if info is None:
-                continue
+        if self._log_dir is None:
+            return logs
+        for rank in errors.keys() & self._infos.keys():
             path = self._log_dir / f"log.rank{rank}.txt"
             with suppress(OSError):
-                path.write_text("\n".join(self._examine(info).lines) + "\n", encoding="utf-8")
+                lines = self._examine(self._infos[rank]).lines
+                path.write_text("\n".join(lines) + "\n", encoding="utf-8")
                 logs[rank] = str(path)
         return logs
 

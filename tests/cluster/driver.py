@@ -1,7 +1,7 @@
-"""A command that runs stub ranks, for tests that kill: python -m tests.cluster.driver {load|decode|interrupt}.
+"""A command that runs stub ranks, for tests that kill: python -m tests.cluster.driver {load|decode}.
 
-Says on standard output `ready <pid of each rank>` when the work has begun, and at the end, as the command line
-would, `problem <json>` or `interrupted`, with the exit status of that.
+Prints `ready <pid of each rank>` when the work has begun, and at the end, as the command line would,
+`problem <json>` or `interrupted`, with the exit status of that.
 """
 
 import json
@@ -24,7 +24,7 @@ def main(scenario):
                 print(next(say), flush=True)
                 session.load(stub.plan(2, **slow))
             for _ in session.stream("generate", list(range(2000)), 0.02):
-                print(next(say, ""), end="\n", flush=True)
+                print(next(say, ""), flush=True)
     except UserError as error:
         print("problem", json.dumps([asdict(problem) for problem in error.problems]))
         return error.exit_status

@@ -1,10 +1,14 @@
 """Sessions: in this process, and over the shared warm ranks."""
 
+import os
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from framework.cluster.processes import descendants
 from framework.cluster.session import open_session
 from framework.errors import InputError, Refused
 from tests.cluster import stub
@@ -61,13 +65,27 @@ def test_warm_ranks_take_plans_of_other_sizes(warm_session):
 
 
 @pytest.mark.ray
-def test_the_driver_needs_no_torch_and_ranks_log_to_files(warm_session):
+def test_our_own_ray_listens_on_the_loopback_interface_only(warm_session):
     warm_session.load(stub.plan(2), loader=stub.LOADER)
     infos = warm_session.describe()
-    assert [info.rank for info in infos] == [0, 1]
-    assert all(
-        info.log_path and info.address == "127.0.0.1" and info.peak_host_bytes > 1 << 20 for info in infos
-    )
+    assert [(info.rank, info.address) for info in infos] == [(0, "127.0.0.1"), (1, "127.0.0.1")]
+    ours = {process.pid for process in descendants(os.getpid())}
+    assert {info.pid for info in infos} <= ours
+    sockets = {link for pid in ours for link in _links(pid)}
+    seen = 0
+    for table, loopback in (("tcp", "0100007F"), ("tcp6", "0000000000000000FFFF00000100007F")):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            local, _, state, *rest = line.split()[1:]
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                assert local.split(":")[0] == loopback, line
+                seen += 1
+    assert seen > 3
+
+
+def _links(pid):
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            yield str(entry.readlink())
 
 
 @pytest.mark.ray
