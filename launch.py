@@ -1,4 +1,4 @@
-"""python launch.py recipe=NAME|PATH.yaml [job=JOB] [key=value ...]"""
+"""python launch.py recipe=NAME|PATH.yaml [job=JOB] [key=value ...]: see --help."""
 
 import sys
 

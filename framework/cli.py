@@ -10,12 +10,13 @@ os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 import contextlib
 import importlib
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from framework.errors import InputError, Problem, UserError
-from framework.recipe.arguments import Arguments, split_arguments
+from framework.recipe.arguments import split_arguments
 from framework.recipe.secrets import mask_secrets
 from framework.report.errors import format_problems
 
@@ -46,12 +47,15 @@ def _run(given: list[str], full_error: bool) -> int:
     )
     register()
     statuses: list[int] = []
-    with _hydra_argv([*arguments.flags, *ready]):
-        _compose_and_run(arguments, statuses, full_error)
+    with tempfile.TemporaryDirectory() as sweep_dir:
+        # Hydra writes multirun.yaml into the sweep's folder whatever its config says
+        hidden = [f"hydra.sweep.dir='{sweep_dir}'"] if arguments.multirun else []
+        with _hydra_argv([*arguments.flags, *ready, *hidden]):
+            _compose_and_run(statuses, full_error)
     return max(statuses, default=0)
 
 
-def _compose_and_run(arguments: Arguments, statuses: list[int], full_error: bool) -> None:
+def _compose_and_run(statuses: list[int], full_error: bool) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig

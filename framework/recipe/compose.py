@@ -60,11 +60,10 @@ def to_recipe(config: DictConfig, choice: str | None, overrides: Sequence[str]) 
     """
     file = read_recipe_file(find_recipe(choice)) if choice else None
     try:
-        data = OmegaConf.to_container(config, resolve=True)
+        data: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or "")
         raise InputError(Problem("interpolation", str(error).splitlines()[0], key)) from error
-    assert isinstance(data, dict)
     job = data["job"].pop("name")
     origins = _origins(data, job, file, overrides)
     data = _checked(data, job, origins)
@@ -84,7 +83,7 @@ def to_recipe(config: DictConfig, choice: str | None, overrides: Sequence[str]) 
 
 
 def _checked(data: dict[str, Any], job: str, origins: Mapping[str, str]) -> dict[str, Any]:
-    """Check all values once more, now that references are resolved; normalise; local paths become absolute."""
+    """Check all values again, now that references are resolved; make local paths absolute."""
     found: list[Any] = []
     checked = {name: read(cls, _tree(data[name]), name, {}, found) for name, cls in SECTIONS.items()}
     checked["job"] = read(JOBS[job], _tree(data["job"]), "job", {}, found)
@@ -139,7 +138,7 @@ def _of_variant(hardware: Hardware, origins: Mapping[str, str]) -> Hardware:
     if hardware.variant not in known:
         near = nearest(hardware.variant, known)
         raise InputError(
-            Problem("unknown-value", f"there are no figures for the chip {hardware.variant} of tier {hardware.name}",
+            Problem("unknown-value", f"no figures for the chip {hardware.variant} of tier {hardware.name}",
                     f"{origins.get('hardware.variant', 'default')}  hardware.variant",
                     f"known: {', '.join(known)}", f"hardware.variant={near[0]}" if near else "")
         )  # fmt: skip

@@ -1,9 +1,9 @@
 """The `recipe://` config source: plain recipe files become what Hydra composes.
 
-Hydra sees a group `recipe` whose options are the shipped recipes and, by absolute path, any file. The choices that a
-recipe makes of hardware, cluster and job become `override` entries of a defaults list. The options that it gives to a
-choice are served as configs of their own, `recipe_<group>/<choice>/<recipe>`, which conf/config.yaml lists with the
-choice as an interpolation: when the command line takes another choice, that config does not exist and is left out.
+Hydra sees a group `recipe` whose options are the shipped recipes and, by absolute path, any file. The choices
+that a recipe makes of hardware, cluster and job become `override` entries of a defaults list. The options that
+it gives to a choice are configs of their own, `recipe_<group>/<choice>/<recipe>`; conf/config.yaml lists them
+with the choice as an interpolation. When the command line takes another choice, that config is not there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OPTIONS = tuple(f"recipe_{group}/" for group in GROUPS)
 
 
 class RecipeSource(ConfigSource):
-    """Serves recipe files; `path` is the folder of the shipped ones, or a private one in `hydra.searchpath`."""
+    """Serves recipe files; `path` is the folder of the shipped ones."""
 
     @staticmethod
     def scheme() -> str:
@@ -96,7 +96,7 @@ class RecipeSource(ConfigSource):
 
 
 class RecipeSearchPath(SearchPathPlugin):
-    """Adds the shipped recipes to every search path; `hydra.searchpath` stays free for the user's own."""
+    """Adds the recipes to every search path; `hydra.searchpath` stays free for the user's own groups."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append `recipe://<folder>`."""

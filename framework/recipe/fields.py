@@ -19,7 +19,7 @@ SUFFIX_TOKENS = {"k": 1 << 10, "m": 1 << 20}
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """A value as it was written: what YAML or Hydra made of it, its text, and whether it stood without quotes."""
+    """A value as written: what YAML or Hydra made of it, its text, whether it stood without quotes."""
 
     value: Any
     text: str
@@ -50,7 +50,7 @@ def field_of(cls: type, path: str) -> tuple[Any, Mapping[str, Any]] | None:
     metadata: Mapping[str, Any] = {}
     for part in path.split("."):
         kind = _without_none(kind)
-        if is_dataclass(kind) and part in typed_fields(kind):
+        if is_record(kind) and part in typed_fields(kind):
             kind, metadata = typed_fields(kind)[part]
         elif get_origin(kind) in (Mapping, types.MappingProxyType) or _is_mapping(kind):
             kind, metadata = get_args(kind)[1], {}
@@ -64,15 +64,15 @@ def keys_below(cls: type, prefix: str = "") -> Iterator[str]:
     for name, (kind, _) in typed_fields(cls).items():
         yield prefix + name
         inner = _without_none(kind)
-        if is_dataclass(inner):
+        if is_record(inner):
             yield from keys_below(inner, f"{prefix}{name}.")
 
 
 def read(kind: Any, node: Any, key: str, metadata: Mapping[str, Any], found: list[Mismatch]) -> Any:  # noqa: ANN401
-    """Return `node` (dicts, lists, Scalars) as plain data of type `kind`; what does not fit goes to `found`."""
+    """Return `node` (dicts, lists, Scalars) as plain data of type `kind`; misfits go to `found`."""
     if isinstance(node, Scalar) and isinstance(node.value, str) and _stands_for_later(node.value):
         return node.value
-    if is_dataclass(kind):
+    if is_record(kind):
         return _read_dataclass(kind, node, key, found)
     if _is_union(kind):
         return _read_union(kind, node, key, metadata, found)
@@ -95,7 +95,7 @@ def read(kind: Any, node: Any, key: str, metadata: Mapping[str, Any], found: lis
 
 def build(kind: Any, data: Any) -> Any:  # noqa: ANN401
     """Turn checked plain data into the frozen dataclasses of the schema; lists become tuples."""
-    if is_dataclass(kind) and isinstance(data, Mapping):
+    if is_record(kind) and isinstance(data, Mapping):
         known = typed_fields(kind)
         return kind(**{name: build(known[name][0], value) for name, value in data.items()})
     if _is_union(kind) and data is not None:
@@ -115,7 +115,7 @@ def mirror(cls: type, name: str = "") -> type:
     With `name`, a first field `name` holds it: the form of a config group's option.
     """
     made: list[Any] = [("name", str, field(default=name))] if name else []
-    for f in fields(cls):  # type: ignore[arg-type]
+    for f in fields(cls):
         kind = _mirror_type(typed_fields(cls)[f.name][0])
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         made.append((f.name, kind, _mirror_default(default)))
@@ -133,8 +133,8 @@ def describe_type(kind: Any, metadata: Mapping[str, Any] | None = None) -> str: 
         return f"a list, each {describe_type(get_args(kind)[0], metadata)}"
     if kind is types.NoneType:
         return "null"
-    if is_dataclass(kind) or _is_mapping(kind):
-        return "a mapping" + (f" of {', '.join(typed_fields(kind))}" if is_dataclass(kind) else "")  # type: ignore[arg-type]
+    if is_record(kind) or _is_mapping(kind):
+        return "a mapping" + (f" of {', '.join(typed_fields(kind))}" if is_record(kind) else "")
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
     bounds = [
         f"{word} {metadata[k]}" for k, word in _BOUND_WORDS.items() if k in metadata and kind in (int, float)
@@ -147,6 +147,11 @@ _BOUND_WORDS = {"minimum": "from", "above": "above", "maximum": "up to"}
 
 def _stands_for_later(text: str) -> bool:
     return text == MISSING or PLAIN_REFERENCE.fullmatch(text) is not None
+
+
+def is_record(kind: Any) -> bool:  # noqa: ANN401
+    """Tell whether this is a dataclass (without narrowing the type for the checker)."""
+    return is_dataclass(kind)
 
 
 def _is_union(kind: Any) -> bool:  # noqa: ANN401
@@ -220,10 +225,7 @@ def _scalar(kind: Any, node: Scalar, metadata: Mapping[str, Any]) -> tuple[bool,
         return isinstance(value, bool), value
     if isinstance(value, bool) or value is None:
         return False, None
-    if kind is int:
-        number = _whole(value, text, metadata)
-    else:
-        number = _number(value, text)
+    number = _whole(value, text, metadata) if kind is int else _number(value, text)
     return number is not None and _within(number, metadata), number
 
 
@@ -274,8 +276,8 @@ def _tuples(data: Any) -> Any:  # noqa: ANN401
 
 
 def _mirror_type(kind: Any) -> Any:  # noqa: ANN401
-    if is_dataclass(kind):
-        return mirror(kind)  # type: ignore[arg-type]
+    if is_record(kind):
+        return mirror(kind)
     if _is_union(kind):
         inner = _without_none(kind)
         return Any if _is_union(inner) else Union[_mirror_type(inner), None]  # noqa: UP007
@@ -293,6 +295,4 @@ def _mirror_default(default: Any) -> Any:  # noqa: ANN401
         return field(default_factory=lambda: list(default))
     if isinstance(default, Mapping):
         return field(default_factory=dict)
-    if is_dataclass(default):
-        return field(default_factory=lambda: mirror(type(default))())
     return field(default=default)

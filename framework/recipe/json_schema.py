@@ -6,11 +6,11 @@ import ast
 import inspect
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
-from framework.recipe.fields import typed_fields
+from framework.recipe.fields import is_record, typed_fields
 from framework.recipe.job_options import JOBS
 from framework.recipe.schema import MISSING, SECTIONS
 from framework.recipe.yaml_file import group_names
@@ -18,7 +18,7 @@ from framework.recipe.yaml_file import group_names
 _TEXT = {
     "hardware": "The tier, by name, or a mapping of `name` and figures that replace the tier's.",
     "cluster": "Where ranks are started, by name, or a mapping of `name` and options.",
-    "job": "What is done, by name, or a mapping of `name` and the job's options. Left out: generate, or render.",
+    "job": "What is done, by name, or a mapping of `name` and the job's options. Default: generate.",
 }
 
 
@@ -34,7 +34,7 @@ def recipe_schema() -> dict[str, Any]:
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "npu-launch recipe",
-        "description": "What should run: the model, the hardware tier, a scheme per layer pattern, the ranks.",
+        "description": "What should run: model, hardware tier, a scheme per layer pattern, ranks.",
         "type": "object",
         "additionalProperties": False,
         "required": ["model"],
@@ -59,7 +59,7 @@ def _group(group: str, options: Mapping[str, type]) -> dict[str, Any]:
 
 def _object(cls: type) -> dict[str, Any]:
     properties = {}
-    for f in fields(cls):  # type: ignore[arg-type]
+    for f in fields(cls):
         kind, metadata = typed_fields(cls)[f.name]
         schema = _typed(kind, metadata)
         schema["description"] = field_docs(cls)[f.name]
@@ -68,7 +68,7 @@ def _object(cls: type) -> dict[str, Any]:
         if "examples" in metadata:
             schema["examples"] = list(metadata["examples"])
         properties[f.name] = schema
-    required = [f.name for f in fields(cls) if f.default == MISSING and f.name not in ("path", "variant")]  # type: ignore[arg-type]
+    required = [f.name for f in fields(cls) if f.default == MISSING and f.name not in ("path", "variant")]
     schema = {"type": "object", "description": inspect.getdoc(cls), "additionalProperties": False}
     return schema | ({"required": required} if required else {}) | {"properties": properties}
 
@@ -83,8 +83,8 @@ def _typed(kind: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:  # noqa: A
         return {"type": "string", "enum": list(get_args(kind))}
     if get_origin(kind) is tuple:
         return {"type": "array", "items": _typed(get_args(kind)[0], metadata)}
-    if is_dataclass(kind):
-        return _object(kind)  # type: ignore[arg-type]
+    if is_record(kind):
+        return _object(kind)
     if kind is types.NoneType:
         return {"type": "null"}
     if kind in (str, bool):

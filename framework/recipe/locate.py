@@ -11,7 +11,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def conf_dir() -> Path:
-    """Return the folder of the config groups: inside the installed package, else beside it in the checkout."""
+    """Return the folder of the config groups: in the installed package, or beside it in a checkout."""
     return _data("conf")
 
 

@@ -1,4 +1,4 @@
-"""The command line before Hydra sees it: every key and value checked, all problems in one message with a way out."""
+"""The command line before Hydra sees it: every key and value checked, all problems in one message."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Line:
 def prepare(
     given: Sequence[str], *, multirun: bool = False, running: bool = True, program: str = PROGRAM
 ) -> list[str]:
-    """Check overrides and return them as Hydra takes them (recipes as absolute paths, `+` of known keys dropped).
+    """Check overrides; return them as Hydra takes them (recipes as absolute paths, no `+`).
 
     Args:
         given: overrides as typed.
@@ -124,16 +124,18 @@ def _quoted(text: str, parser: OverridesParser) -> str | None:
 def _ambiguous(line: _Line, i: int, parser: OverridesParser) -> None:
     text = line.given[i]
     key, _, value = text.partition("=")
-    found = _field(key.lstrip("+"), list(JOBS))
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    line.corrected[i] = _quoted(text, parser)
-    if found is not None and "a list" in describe_type(*found):
-        numbers = all(part.strip().lstrip("-").isdigit() for part in value.split(","))
-        line.corrected[i] = f"{key}=[{value}]" if numbers else f'{key}=["{escaped}"]'
+    found = next((f for job in JOBS if (f := _field(key.lstrip("+"), [job])) is not None), None)
+    takes = describe_type(*found) if found is not None else "text"
+    if "list" in takes:
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        line.corrected[i] = f'{key}=["{escaped}"]' if "text" in takes else f"{key}=[{value}]"
+    elif "text" in takes:
+        line.corrected[i] = _quoted(text, parser)
+    else:
+        line.corrected[i] = text.split(",")[0]
     line.problems.append(
-        Problem("override-syntax", f"the comma in {text} can be part of the value or make a sweep", WHERE,
-                "-m sweeps over the values; quotes keep them one value",
-                f"'{line.corrected[i]}'   or add -m")
+        Problem("override-syntax", f"the comma in {text} would make a sweep", WHERE,
+                "one run takes one value; -m runs once for each", f"{line.corrected[i]!r}   or add -m")
     )  # fmt: skip
 
 
@@ -196,7 +198,7 @@ def _check_group(line: _Line, i: int, override: Override) -> None:
         reserved = key == "job" and name in RESERVED_JOBS
         line.problems.append(
             Problem("unknown-value", f"there is no {key} {name}" + (" yet" if reserved else ""), WHERE,
-                    f"known: {', '.join(known)}", f"{key}={near[0]}" if near else f"{key}={known[0]}")
+                    f"known: {', '.join(known)}", f"{key}={near[0]}" if near else f"{key}={'|'.join(known)}")
         )  # fmt: skip
 
 
@@ -269,25 +271,30 @@ def _siblings(key: str, jobs: list[str]) -> str:
 
 
 def _report(line: _Line, mismatches: list[tuple[int, Mismatch]]) -> None:
-    unknown = [m for _, m in mismatches if m.kind == "unknown-key"]
-    wrong = [m for _, m in mismatches if m.kind != "unknown-key"]
+    unknown = [(i, m) for i, m in mismatches if m.kind == "unknown-key"]
+    wrong = [(i, m) for i, m in mismatches if m.kind != "unknown-key"]
     if unknown:
-        what = f"{len(unknown)} keys are" if len(unknown) > 1 else f"`{unknown[0].key}` is"
-        width = max(len(m.key) for m in unknown)
-        why = [f"{m.key:<{width}}   {_hint(m)}" for m in unknown]
-        what += " not in the recipe schema" if len(unknown) > 1 else " not a key of a recipe"
-        line.problems.append(Problem("unknown-key", what, WHERE, "\n".join(why), _first_fix(unknown)))
+        many = len(unknown) > 1
+        what = f"{len(unknown)} keys are not in the recipe schema" if many else _not_a_key(unknown[0][1].key)
+        width = max(len(m.key) for _, m in unknown)
+        why = [f"{m.key:<{width}}   {_hint(m)}" for _, m in unknown]
+        fix = _fix(line, unknown) or f"{PROGRAM} job=schema   shows all keys"
+        line.problems.append(Problem("unknown-key", what, WHERE, "\n".join(why), fix))
     if wrong:
-        kinds = {m.kind for m in wrong}
+        kinds = {m.kind for _, m in wrong}
+        many, first = len(wrong) > 1, wrong[0][1]
+        what = f"{len(wrong)} values do not fit" if many else f"`{first.key}` cannot be {first.text}"
+        why = [f"{m.key} takes {m.expected}" + (f", not {m.text}" if many else "") for _, m in wrong]
         code = kinds.pop() if len(kinds) == 1 else "wrong-type"
-        what = (
-            f"{len(wrong)} values do not fit"
-            if len(wrong) > 1
-            else f"`{wrong[0].key}` cannot be {wrong[0].text}"
+        line.problems.append(
+            Problem(code, what, WHERE, "\n".join(why), _fix(line, wrong) or f"{first.key}=...")
         )
-        why = [f"{m.key} takes {m.expected}" + (f", not {m.text}" if len(wrong) > 1 else "") for m in wrong]
-        fix = f"'{wrong[0].key}={wrong[0].instead}'" if wrong[0].instead else f"{wrong[0].key}=..."
-        line.problems.append(Problem(code, what, WHERE, "\n".join(why), fix))
+
+
+def _not_a_key(key: str) -> str:
+    if key.split(".")[0] in SECTIONS and any(part.isdigit() for part in key.split(".")):
+        return f"`{key}`: items of a list have no keys of their own, give the list whole"
+    return f"`{key}` is not a key of a recipe"
 
 
 def _hint(mismatch: Mismatch) -> str:
@@ -296,9 +303,9 @@ def _hint(mismatch: Mismatch) -> str:
     return f"known keys: {mismatch.expected}" if mismatch.expected else "nothing is called like it"
 
 
-def _first_fix(unknown: list[Mismatch]) -> str:
-    near = [m.instead for m in unknown if m.instead]
-    return f"{near[0]}=..." if near else "python launch.py job=schema   shows all keys"
+def _fix(line: _Line, mismatches: list[tuple[int, Mismatch]]) -> str:
+    better = [text for i in dict.fromkeys(i for i, _ in mismatches) if (text := line.corrected.get(i))]
+    return " ".join(shlex.quote(text) for text in better)
 
 
 def _with_command(line: _Line, program: str) -> Problem:
@@ -306,7 +313,7 @@ def _with_command(line: _Line, program: str) -> Problem:
     texts = [line.corrected.get(i) or text for i, text in enumerate(line.given)]
     flags = ["-m"] if line.multirun else []
     command = " ".join([program, *flags, *(shlex.quote(text) for text in texts)])
-    fix = f"{command}   (or -m to sweep)" if "make a sweep" in last.what else command
+    fix = f"{command}   or add -m" if "make a sweep" in last.what else command
     return Problem(last.code, last.what, last.where, last.why, fix)
 
 
@@ -317,7 +324,8 @@ def _recipe_needed(line: _Line) -> None:
         return
     raise InputError(
         Problem("recipe-missing", f"job {asking[0]} needs a recipe", WHERE,
-                f"shipped: {', '.join(shipped_recipes())}", f"{PROGRAM} recipe=quickstart   or   recipe=PATH.yaml")
+                f"shipped: {', '.join(shipped_recipes())}",
+                f"{PROGRAM} recipe=quickstart   or   recipe=PATH.yaml")
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The recipe, typed: what every key means, its type and its default. The JSON schema is made from this file.
 
-A string below a field is its description. Metadata of a field: `path` (a local path, relative to the recipe file),
-`minimum` and `maximum` (inclusive), `above` (exclusive), `tokens` (a suffix k or m is understood), `examples`.
+A string below a field is its description. Metadata of a field: `path` (a local path, relative to the recipe's
+folder), `minimum` and `maximum` (inclusive), `above` (exclusive), `tokens` (a suffix k or m), `examples`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ MISSING: Any = "???"  # a mandatory value that nobody gave, in OmegaConf's words
 Auto = Literal["auto"]
 OutputFormat = Literal["text", "json", "markdown"]
 Scheme = Literal[
-    "auto", "float", "w8a8_static", "w8a8_dynamic", "w8a8_mix", "w4a4_dynamic", "w4a8_dynamic", "w4a16", "w8a16",
-    "mxfp8", "mxfp4", "mxfp4_dualscale", "w4a8_mxfp",
+    "auto", "float", "w8a8_static", "w8a8_dynamic", "w8a8_mix", "w4a4_dynamic", "w4a8_dynamic", "w4a16",
+    "w8a16", "mxfp8", "mxfp4", "mxfp4_dualscale", "w4a8_mxfp",
 ]  # fmt: skip
 Format = Literal["auto", "modelslim", "awq", "gptq", "auto_round", "compressed_tensors", "gguf", "none"]
 Messages = tuple[Mapping[str, str], ...]
@@ -218,7 +218,7 @@ class Recipe:
     """A composed recipe.
 
     Attributes:
-        name: what `recipe=` takes to name it again: `llm/local`, or a path without its ending; "" without one.
+        name: what `recipe=` takes to name it again (`llm/local`, or a path without its ending), "" if none.
         origins: dotted key to where its value was written: `file:line`, `command line` or `default`.
         overrides: the command line, as typed, without Hydra's own keys.
         resolved: all keys as plain data; written as YAML it is a recipe again.

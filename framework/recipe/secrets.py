@@ -20,7 +20,7 @@ _SHORTEST = 8  # shorter values of such variables would blank ordinary words
 
 
 def mask_secrets(text: str) -> str:
-    """Return `text` with user:password@ in URLs, tokens, and values of secret environment variables masked."""
+    """Mask user:password@ in URLs, tokens, and values of secret environment variables."""
     text = _USERINFO.sub(rf"\g<scheme>{MASK}@", text)
     text = _KNOWN_TOKEN.sub(MASK, text)
     text = _PARAMETER.sub(rf"\g<name>{MASK}", text)

@@ -194,7 +194,8 @@ class _Walk:
         if isinstance(value, str) and "${" in PLAIN_REFERENCE.sub("", value).replace("\\${", ""):
             self._add(
                 "interpolation", f"`{key}` holds a reference that is not a plain key", node,
-                "only ${section.key} of the recipe itself is resolved", "write \\${ for the characters themselves",
+                "only ${section.key} of the recipe itself is resolved",
+                "write \\${ for the characters themselves",
             )  # fmt: skip
         elif isinstance(value, str):
             for reference in PLAIN_REFERENCE.findall(value):
@@ -202,7 +203,7 @@ class _Walk:
                     self._add(
                         "interpolation", f"`{key}` refers to {reference}, which is no key of a recipe", node
                     )
-        return Scalar(value, str(node.value), bare=node.style is None)
+        return Scalar(value, str(node.value), bare=getattr(node, "style", None) is None)
 
     def _place(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}"
@@ -265,7 +266,7 @@ def _problem(mismatch: Mismatch, walk: _Walk) -> Problem:
             return Problem("unknown-key", f"`{mismatch.text}` is not a key of a recipe here", where,
                            f"known keys: {mismatch.expected}", fix)  # fmt: skip
         case "yaml-type":
-            return Problem("yaml-type", f"`{mismatch.key}` is text, YAML reads a bare {mismatch.text} as something else",
+            return Problem("yaml-type", f"`{mismatch.key}` is text, a bare {mismatch.text} is none in YAML",
                            where, "quotes keep it text", f"{last}: {mismatch.instead}")  # fmt: skip
         case "missing-key":
             return Problem(

@@ -1,4 +1,4 @@
-"""How problems look: code, what, where, why, what would work. At most 100 columns; a command is never wrapped."""
+"""How problems look: code, what, where, why, what would work. 100 columns; commands are never wrapped."""
 
 from __future__ import annotations
 
