@@ -73,8 +73,9 @@ def config_of(index: Index) -> dict[str, Any]:
     )
     hidden = int(key("embedding_length"))
     head_dim = int(key("attention.key_length", hidden // heads))
+    windowed = f"{arch}.attention.sliding_window" in meta  # Mistral is converted as llama
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[arch]],
+        "architectures": ["MistralForCausalLM" if arch == "llama" and windowed else ARCHITECTURES[arch]],
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": _same_in_all_layers(index, f"{arch}.feed_forward_length", key("feed_forward_length")),
@@ -89,7 +90,7 @@ def config_of(index: Index) -> dict[str, Any]:
         "eos_token_id": [meta[name] for name in ("tokenizer.ggml.eos_token_id",) if name in meta],
         "attention_bias": "blk.0.attn_q.bias" in tensors,
     }
-    if "attention.sliding_window" in {k.removeprefix(f"{arch}.") for k in meta}:
+    if windowed:
         config["sliding_window"] = int(key("attention.sliding_window"))
     config |= _rope_scaling(meta, arch)
     if arch == "gemma3":

@@ -6,11 +6,12 @@ import torch
 import transformers
 
 from framework.loading.load import load
+from tests.models.gguf_export import export
 from tests.plans import plan_for
 from tests.threads import on_ranks
 
 COMMON = dict(
-    vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=3, max_position_embeddings=256,
+    vocab_size=160, hidden_size=96, intermediate_size=160, num_hidden_layers=3, max_position_embeddings=256,
     num_attention_heads=6, num_key_value_heads=3, head_dim=16,
 )  # fmt: skip
 LLAMA3 = dict(
@@ -29,10 +30,14 @@ FAMILIES = {
     "qwen2-bias": ("Qwen2", {}),
     "qwen2-sliding": ("Qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
     "qwen3": ("Qwen3", {}),
-    "qwen3-odd-heads": ("Qwen3", dict(num_attention_heads=5, num_key_value_heads=1)),
+    "qwen3-odd-heads": ("Qwen3", dict(num_attention_heads=5, num_key_value_heads=1, head_dim=24)),
     "gemma3": ("Gemma3Text", dict(sliding_window=8, query_pre_attn_scalar=24, layer_types=[
         "sliding_attention", "full_attention", "sliding_attention"])),
+    "gemma3-pattern": ("Gemma3Text", dict(num_hidden_layers=7, sliding_window=8, query_pre_attn_scalar=16)),
 }  # fmt: skip
+# what a converter writes for these is all that they are
+AS_GGUF = ("llama", "llama-llama3-rope", "llama-linear-rope", "llama-yarn-rope", "mistral-sliding", "qwen2-bias",
+           "qwen3", "qwen3-odd-heads", "gemma3-pattern")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +59,32 @@ def checkpoints(tmp_path_factory):
             ids = torch.randint(2, 160, (1, 40))
             with torch.no_grad():
                 logits = model(ids).logits[0].numpy()
+            if name in AS_GGUF:
+                export(model, folder / "model.gguf")
             made[name] = folder, ids[0].tolist(), logits
         return made[name]
 
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 5])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers_in_prefill_and_step_by_step(checkpoints, family, tp_size):
     folder, ids, expected = checkpoints(family)
-    plan = plan_for(folder, tp_size=tp_size, dtype="float32")
+    assert_equal(folder, ids, expected, tp_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 5])
+@pytest.mark.parametrize("family", AS_GGUF)
+def test_logits_from_a_gguf_equal_transformers(checkpoints, family, tp_size):
+    folder, ids, expected = checkpoints(family)
+    assert_equal(folder / "model.gguf", ids, expected, tp_size)
+
+
+def assert_equal(path, ids, expected, tp_size):
+    plan = plan_for(path, tp_size=tp_size, dtype="float32")
 
     def work(group):
         model = load(plan, group, lambda done, total: None)
