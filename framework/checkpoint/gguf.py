@@ -1,6 +1,6 @@
 """GGUF headers: metadata, tensor table, block geometry. Every count and offset is bounded by the file's size.
 
-Layout: ggml's gguf.cpp, versions 2 and 3, little endian. Large string arrays are kept as raw spans and decoded on
+Layout: ggml's gguf.cpp, versions 2 and 3, little endian. String arrays are kept as raw spans and decoded on
 first use, so that a 50 000 token vocabulary costs nothing when only tensors are wanted.
 """
 
@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from framework.checkpoint.faults import check_ranges, malformed, readable, truncated
 from framework.checkpoint.index import Index, TensorInfo
 from framework.errors import InputError, Problem
 
@@ -22,8 +23,9 @@ MAGIC = b"GGUF"
 # name: (id, values a block, bytes a block). ggml.h, gguf 0.19 constants.
 GGML_TYPES: dict[str, tuple[int, int, int]] = {
     "F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22),
-    "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34), "Q8_1": (9, 32, 40), "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110),
-    "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210), "Q8_K": (15, 256, 292),
+    "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34), "Q8_1": (9, 32, 40), "Q2_K": (10, 256, 84),
+    "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210),
+    "Q8_K": (15, 256, 292),
     "IQ2_XXS": (16, 256, 66), "IQ2_XS": (17, 256, 74), "IQ3_XXS": (18, 256, 98), "IQ1_S": (19, 256, 50),
     "IQ4_NL": (20, 32, 18), "IQ3_S": (21, 256, 110), "IQ2_S": (22, 256, 82), "IQ4_XS": (23, 256, 136),
     "I8": (24, 1, 1), "I16": (25, 1, 2), "I32": (26, 1, 4), "I64": (27, 1, 8), "F64": (28, 1, 8),
@@ -32,11 +34,24 @@ GGML_TYPES: dict[str, tuple[int, int, int]] = {
 }  # fmt: skip
 _BY_ID = {number: (name, block, nbytes) for name, (number, block, nbytes) in GGML_TYPES.items()}
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _STRING, _ARRAY = 8, 9
-_READ_AHEAD_BYTES = (2 << 20, 32 << 20, 1 << 30)  # how much of the file is read, until the header is whole
-_MAX_DEPTH = 4
-_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
+_READ_AHEAD_BYTES = (2 << 20, 32 << 20, 128 << 20)  # how much of the file is read, until the header is whole
+_MAX_TENSORS, _MAX_KEYS = 1 << 18, 1 << 16
+_MAX_ELEMENTS = 8 << 20  # of all arrays: ten times the largest vocabulary; as Python objects some 300 MB
+SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
 
 class Strings(Sequence[str]):
@@ -82,6 +97,7 @@ class _Cursor:
     path: Path
     size: int
     position: int = 0
+    elements: int = 0  # of the arrays so far
 
     def fail(self, what: str, why: str = "") -> InputError:
         return malformed(self.path, what, why or f"at byte {self.position} of {self.size}")
@@ -92,7 +108,9 @@ class _Cursor:
         if nbytes < 0 or start + nbytes > len(self.data):
             if start + nbytes <= self.size:
                 raise _NeedMore
-            raise truncated(self.path, f"the header needs {nbytes} bytes at {start}, the file has {self.size}")
+            raise truncated(
+                self.path, f"the header needs {nbytes} bytes at {start}, the file has {self.size}"
+            )
         self.position = start + nbytes
         return start
 
@@ -111,15 +129,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[TensorInfo]]:
     Raises:
         InputError: `wrong-magic`, `gguf-version`, `file-truncated`, `file-malformed`.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
+        size = path.stat().st_size
         for limit in _READ_AHEAD_BYTES:
             file.seek(0)
             try:
                 return _parse(_Cursor(file.read(min(size, limit)), path, size))
             except _NeedMore:
                 continue
-    raise malformed(path, "the header is larger than 1 GiB")
+    raise malformed(path, f"the header is larger than {_READ_AHEAD_BYTES[-1] >> 20} MiB")
 
 
 def _parse(cursor: _Cursor) -> tuple[dict[str, Any], list[TensorInfo]]:
@@ -150,38 +168,54 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], list[TensorInfo]]:
     tensor_count, pair_count = cursor.scalar("<Q"), cursor.scalar("<Q")
     # the smallest pair takes 13 bytes, the smallest tensor entry 33
     if pair_count * 13 + tensor_count * 33 > cursor.size:
-        raise truncated(path, f"{tensor_count} tensors and {pair_count} keys do not fit a file of {cursor.size} bytes")
+        raise truncated(
+            path, f"{tensor_count} tensors and {pair_count} keys do not fit a file of {cursor.size} bytes"
+        )
+    if tensor_count > _MAX_TENSORS or pair_count > _MAX_KEYS:
+        limits = f"the limits are {_MAX_TENSORS} and {_MAX_KEYS}"
+        raise malformed(path, f"{tensor_count} tensors and {pair_count} keys are not read", limits)
     metadata: dict[str, Any] = {}
     for _ in range(pair_count):
         key = cursor.text()
         if key in metadata:
             raise malformed(path, f"the key {key} stands there twice")
-        metadata[key] = _value(cursor, cursor.scalar("<I"), 0)
+        metadata[key] = _value(cursor, cursor.scalar("<I"))
     return metadata, _tensors(cursor, metadata, tensor_count)
 
 
-def _value(cursor: _Cursor, kind: int, depth: int) -> Any:  # noqa: ANN401
+def _value(cursor: _Cursor, kind: int) -> Any:  # noqa: ANN401
     if kind in _SCALARS:
         return cursor.scalar(_SCALARS[kind])
     if kind == _STRING:
         return cursor.text()
-    if kind != _ARRAY or depth >= _MAX_DEPTH:
-        raise cursor.fail(f"value type {kind} is unknown or nested too deeply")
+    if kind == _ARRAY:
+        return _array(cursor)
+    raise cursor.fail(f"value type {kind} is unknown")
+
+
+def _array(cursor: _Cursor) -> Sequence[Any]:
     element, count = cursor.scalar("<I"), cursor.scalar("<Q")
+    cursor.elements += count
     if element in _SCALARS:
         form = _SCALARS[element][1]
         start = cursor.need(count * struct.calcsize("<" + form))
+        _bound(cursor, count)
         return list(struct.unpack_from(f"<{count}{form}", cursor.data, start))
     if element == _STRING:
+        if count * 8 > cursor.size - cursor.position:
+            raise truncated(cursor.path, f"an array of {count} strings does not fit the file")
+        _bound(cursor, count)
         return _strings(cursor, count)
-    if count * 12 > cursor.size:
-        raise cursor.fail(f"an array of {count} arrays does not fit the file")
-    return [_value(cursor, element, depth + 1) for _ in range(count)]
+    # llama.cpp reads no arrays of arrays either
+    raise cursor.fail(f"an array of type {element} is not read")
+
+
+def _bound(cursor: _Cursor, count: int) -> None:
+    if cursor.elements > _MAX_ELEMENTS:
+        raise cursor.fail(f"an array of {count} elements is not read", f"the limit is {_MAX_ELEMENTS} in all")
 
 
 def _strings(cursor: _Cursor, count: int) -> Strings:
-    if count * 8 > cursor.size - cursor.position:
-        raise truncated(cursor.path, f"an array of {count} strings does not fit the file")
     data, position, end = cursor.data, cursor.position, len(cursor.data)
     start, unpack = position, struct.Struct("<Q").unpack_from
     try:
@@ -223,25 +257,10 @@ def _info(cursor: _Cursor, entry: tuple[str, tuple[int, ...], int, int], start: 
         return TensorInfo(name, cursor.path, start + offset, 0, f"type {number}", shape)
     kind, block, nbytes = known
     if shape[-1] % block:
-        raise malformed(cursor.path, f"{name}: rows of {shape[-1]} values are no multiple of a {kind} block of {block}")
+        raise malformed(
+            cursor.path, f"{name}: rows of {shape[-1]} values are no multiple of a {kind} block of {block}"
+        )
     return TensorInfo(name, cursor.path, start + offset, elements // block * nbytes, kind, shape)
-
-
-def check_ranges(path: Path, infos: list[TensorInfo], start: int, size: int) -> None:
-    """Refuse duplicate names and ranges that leave the file or overlap.
-
-    Raises:
-        InputError: `file-truncated`, `file-malformed`.
-    """
-    if len({info.name for info in infos}) != len(infos):
-        raise malformed(path, "two tensors have the same name")
-    end, before = start, ""
-    for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
-        if info.offset + info.nbytes > size:
-            raise truncated(path, f"{info.name} ends at byte {info.offset + info.nbytes}, the file has {size}")
-        if info.offset < end:
-            raise malformed(path, f"{info.name} overlaps {before or 'the header'}")
-        end, before = info.offset + info.nbytes, info.name
 
 
 def read_index(path: Path) -> Index:
@@ -250,27 +269,46 @@ def read_index(path: Path) -> Index:
     Raises:
         InputError: a part is missing or does not belong; and all of `read_header`.
     """
-    match = _SPLIT.match(path.name)
+    match = SPLIT.match(path.name)
     count = int(match.group(3)) if match else 1
     if not match or count == 1:
         metadata, infos = read_header(path)
-        if int(metadata.get("split.count", 1) or 1) > 1:
-            raise malformed(path, f"it is one of {metadata['split.count']} parts, but is not named NAME-00001-of-0000N.gguf")
+        parts_said = metadata.get("split.count", 1)
+        if parts_said not in (0, 1):
+            why = f"split.count is {parts_said!r}, the name is not NAME-00001-of-0000N.gguf"
+            raise malformed(path, "it is one part of several, and its name does not say which", why)
         return Index(path, "gguf", {info.name: info for info in infos}, metadata, None, (path,))
-    parts = [path.with_name(f"{match.group(1)}-{number:05d}-of-{match.group(3)}.gguf") for number in range(1, count + 1)]
+    if not 1 <= int(match.group(2)) <= count:
+        raise malformed(path, f"its name says part {int(match.group(2))} of {count}")
+    parts = [
+        path.with_name(f"{match.group(1)}-{number:05d}-of-{match.group(3)}.gguf")
+        for number in range(1, count + 1)
+    ]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise InputError(
-            Problem("file-missing", f"{len(missing)} of {count} parts of the split GGUF are not there", str(path.parent),
-                    f"missing: {', '.join(missing[:4])}", "put all parts into one folder")
-        )  # fmt: skip
+            Problem(
+                "file-missing",
+                f"{len(missing)} of {count} parts of the split GGUF are not there",
+                str(path.parent),
+                f"missing: {', '.join(missing[:4])}",
+                "put all parts into one folder",
+            )
+        )
+    tensors, metadata = _join(parts)
+    return Index(parts[0], "gguf", tensors, metadata, None, tuple(parts))
+
+
+def _join(parts: list[Path]) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+    """Return the tensors of all parts and the metadata of the first."""
     tensors: dict[str, TensorInfo] = {}
     first: dict[str, Any] = {}
     for number, part in enumerate(parts):
         metadata, infos = read_header(part)
-        if metadata.get("split.no") != number or metadata.get("split.count") != count:
-            raise malformed(part, f"it says it is part {metadata.get('split.no')} of {metadata.get('split.count')}, "
-                            f"its name says {number} of {count}")  # fmt: skip
+        said, count = metadata.get("split.no"), metadata.get("split.count")
+        if said != number or count != len(parts):
+            why = f"split.no {said!r}, split.count {count!r}; by its name: {number} (from 0), {len(parts)}"
+            raise malformed(part, "it is not the part that its name says", why)
         first = first or metadata
         for info in infos:
             if info.name in tensors:
@@ -279,18 +317,4 @@ def read_index(path: Path) -> Index:
     total = first.get("split.tensors.count")
     if total is not None and total != len(tensors):
         raise malformed(parts[0], f"the parts hold {len(tensors)} tensors, the first one says {total}")
-    return Index(parts[0], "gguf", tensors, first, None, tuple(parts))
-
-
-def malformed(path: Path, what: str, why: str = "") -> InputError:
-    """A file whose structure contradicts itself."""
-    return InputError(
-        Problem("file-malformed", what, str(path), why or "the header contradicts itself", "fetch or convert the file again")
-    )
-
-
-def truncated(path: Path, why: str) -> InputError:
-    """A file that ends too early."""
-    return InputError(
-        Problem("file-truncated", f"{path.name} ends too early", str(path), why, "fetch the file again: it is incomplete")
-    )
+    return tensors, first

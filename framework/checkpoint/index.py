@@ -12,7 +12,7 @@ from typing import Any
 class TensorInfo:
     """One tensor of a file.
 
-    `dtype` is the container's own name: safetensors `BF16`, `F32`, `I8`, ... or a ggml type `Q4_1`, `F32`, ...
+    `dtype` is the container's own name: safetensors `BF16`, `I8`, ... or a ggml type `Q4_1`, `F32`, ...
     `shape` is in torch order (a linear is [N, K]). `offset` is absolute in `file`, in bytes.
     """
 
@@ -28,8 +28,9 @@ class TensorInfo:
 class Index:
     """All tensors of a checkpoint, whatever its container.
 
-    `metadata` is the GGUF key-value table (empty for safetensors); `config` the parsed config.json (for a GGUF:
-    None, families/gguf.py derives one from the metadata). `root` is the folder (or the first GGUF file).
+    `metadata` is the GGUF key-value table (empty for safetensors); `config` the parsed config.json (for a
+    GGUF: None, families/gguf.py derives one from the metadata).
+    `root` is the folder (or the first GGUF file).
     """
 
     root: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from framework.checkpoint import gguf, safetensors
+from framework.checkpoint.faults import readable
 from framework.checkpoint.index import Index
 from framework.errors import InputError, Problem
 
@@ -20,11 +21,16 @@ def open_index(path: Path) -> Index:
     path = Path(path)
     if not path.exists():
         raise InputError(
-            Problem("model-missing", "there is no such file or folder", str(path), fix="model.path=/where/the/model/is")
+            Problem(
+                "model-missing",
+                "there is no such file or folder",
+                str(path),
+                fix="model.path=/where/the/model/is",
+            )
         )
     if path.is_dir():
         return _open_folder(path)
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         magic = file.read(4)
     if magic == gguf.MAGIC or path.suffix == ".gguf":
         return gguf.read_index(path)
@@ -37,7 +43,7 @@ def _open_folder(path: Path) -> Index:
     names = sorted(path.glob("*.gguf"))
     if not names or any(path.glob("*.safetensors")):
         return safetensors.read_index(path)
-    sets = {gguf._SPLIT.sub(r"\1", name.name) for name in names}
+    sets = {gguf.SPLIT.sub(r"\1", name.name) for name in names}
     if len(sets) > 1:
         raise InputError(
             Problem(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from framework.checkpoint.gguf import truncated
+from framework.checkpoint.faults import readable, truncated
 from framework.checkpoint.index import TensorInfo
 
 CHUNK_BYTES = 16 << 20
@@ -29,7 +29,9 @@ class Reader:
         """Return itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close all files."""
         self.close()
 
@@ -47,7 +49,7 @@ class Reader:
         The tensor is seen as rows of its last dimension, leading dimensions flattened; a vector is one row.
 
         Raises:
-            InputError: `file-truncated`.
+            InputError: `file-truncated`, `file-missing`, `file-unreadable`.
         """
         rows = prod(info.shape[:-1])
         row_bytes = info.nbytes // rows if rows else 0
@@ -57,26 +59,28 @@ class Reader:
             return out
         start = info.offset + row0 * row_bytes
         if last - byte0 == row_bytes:
-            self._fill(info, start, memoryview(out.reshape(-1)))
+            self._fill(info, start, out.reshape(-1).data)
         elif (last - byte0) * SPARSE < row_bytes and row_bytes > 4096:
             for i in range(row1 - row0):
-                self._fill(info, start + i * row_bytes + byte0, memoryview(out[i]))
+                self._fill(info, start + i * row_bytes + byte0, out[i].data)
         else:
             step = max(1, CHUNK_BYTES // row_bytes)
             for first in range(0, row1 - row0, step):
                 count = min(step, row1 - row0 - first)
                 chunk = np.empty((count, row_bytes), np.uint8)
-                self._fill(info, start + first * row_bytes, memoryview(chunk.reshape(-1)))
+                self._fill(info, start + first * row_bytes, chunk.reshape(-1).data)
                 out[first : first + count] = chunk[:, byte0:last]
         return out
 
     def _fill(self, info: TensorInfo, offset: int, target: memoryview) -> None:
         descriptor = self._files.get(info.file)
         if descriptor is None:
-            descriptor = self._files[info.file] = os.open(info.file, os.O_RDONLY)
+            with readable(info.file):
+                descriptor = self._files[info.file] = os.open(info.file, os.O_RDONLY)
         done, wanted = 0, len(target)
         while done < wanted:
-            got = os.preadv(descriptor, [target[done : done + (1 << 30)]], offset + done)
+            with readable(info.file):
+                got = os.preadv(descriptor, [target[done : done + (1 << 30)]], offset + done)
             if not got:
                 raise truncated(info.file, f"{info.name} needs {wanted} bytes at {offset}, {done} were there")
             done += got

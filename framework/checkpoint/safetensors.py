@@ -7,16 +7,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from framework.checkpoint.gguf import check_ranges, malformed, truncated
+from framework.checkpoint.faults import check_ranges, malformed, readable, truncated
 from framework.checkpoint.index import Index, TensorInfo
 from framework.errors import InputError, Problem
 
 DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
-    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,
+    "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
 }  # fmt: skip
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library
+_MAX_DIMENSIONS, _MAX_EXTENT = 16, 1 << 48  # keep the product of a shape that nobody means a small number
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -26,11 +27,13 @@ def read_header(path: Path) -> tuple[dict[str, str], list[TensorInfo]]:
     Raises:
         InputError: `file-truncated`, `file-malformed`.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
+        size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise truncated(path, f"the header takes {length} bytes, the file has {max(size - 8, 0)} after its length")
+            raise truncated(
+                path, f"the header takes {length} bytes, the file has {max(size - 8, 0)} after its length"
+            )
         if length > _MAX_HEADER_BYTES:
             raise malformed(path, f"a header of {length} bytes is not read", "the limit is 100 MB")
         header = _json(path, file.read(length))
@@ -48,10 +51,11 @@ def _info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:  # noqa:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise malformed(path, f"the entry of {name} lacks dtype, shape or data_offsets") from error
-    whole = all(isinstance(number, int) and not isinstance(number, bool) for number in (*shape, begin, end))
-    if not whole or min((*shape, begin, end), default=0) < 0:
-        raise malformed(path, f"shape or offsets of {name} are no whole numbers")
-    if dtype not in DTYPE_BYTES:
+    if not all(type(number) is int and 0 <= number < _MAX_EXTENT for number in (*shape, begin, end)):
+        raise malformed(path, f"shape or offsets of {name} are no whole numbers below 2^48")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise malformed(path, f"{name} has {len(shape)} dimensions")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise malformed(path, f"{name} has the unknown dtype {dtype!r}")
     if end - begin != prod(shape) * DTYPE_BYTES[dtype]:
         raise malformed(path, f"{name} takes {end - begin} bytes, its shape {list(shape)} of {dtype} needs "
@@ -65,9 +69,11 @@ def read_index(path: Path) -> Index:
     Raises:
         InputError: `pickle-refused`, `file-missing`, `file-malformed`, `file-truncated`, `weight-map`.
     """
-    if path.is_file():
+    if not path.is_dir():
         _, infos = read_header(path)
-        return Index(path, "safetensors", {info.name: info for info in infos}, files=(path,), config=_config(path.parent))
+        config = _config(path.parent)
+        held = {info.name: info for info in infos}
+        return Index(path, "safetensors", held, config=config, files=(path,), notes=_notes(config))
     files = _files(path)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -76,11 +82,14 @@ def read_index(path: Path) -> Index:
                 raise malformed(file, f"tensor {info.name} stands in {tensors[info.name].file.name}, too")
             tensors[info.name] = info
     config = _config(path)
-    notes = []
-    if config and "auto_map" in config:
-        notes.append("auto_map in config.json is ignored: code from a checkpoint is never run")
     _check_weight_map(path, tensors)
-    return Index(path, "safetensors", tensors, config=config, files=tuple(files), notes=tuple(notes))
+    return Index(path, "safetensors", tensors, config=config, files=tuple(files), notes=_notes(config))
+
+
+def _notes(config: dict[str, Any] | None) -> tuple[str, ...]:
+    if config and "auto_map" in config:
+        return ("auto_map in config.json is ignored: code from a checkpoint is never run",)
+    return ()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -89,16 +98,25 @@ def _files(folder: Path) -> list[Path]:
         for name in names:
             if Path(name).is_absolute() or ".." in Path(name).parts or not name.endswith(".safetensors"):
                 raise InputError(
-                    Problem("weight-map", f"the index names {name!r} as a file", str(folder / INDEX_NAME),
-                            "file names must be relative, inside the folder and end in .safetensors",
-                            "do not use this checkpoint unless you trust where it came from")
-                )  # fmt: skip
+                    Problem(
+                        "weight-map",
+                        f"the index names {name!r} as a file",
+                        str(folder / INDEX_NAME),
+                        "file names must be relative, inside the folder and end in .safetensors",
+                        "do not use this checkpoint unless you trust where it came from",
+                    )
+                )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise InputError(
-                Problem("file-missing", f"{len(missing)} of {len(names)} weight files are not there", str(folder),
-                        f"missing: {', '.join(missing[:4])}", "fetch the checkpoint again: it is incomplete")
-            )  # fmt: skip
+                Problem(
+                    "file-missing",
+                    f"{len(missing)} of {len(names)} weight files are not there",
+                    str(folder),
+                    f"missing: {', '.join(missing[:4])}",
+                    "fetch the checkpoint again: it is incomplete",
+                )
+            )
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -106,25 +124,33 @@ def _files(folder: Path) -> list[Path]:
         if pickles:
             raise pickle_refused(folder / pickles[0])
         raise InputError(
-            Problem("file-missing", "the folder holds no weights", str(folder), "no *.safetensors and no *.gguf in it",
-                    "model.path=/the/folder/with/the/weights")
-        )  # fmt: skip
+            Problem(
+                "file-missing",
+                "the folder holds no weights",
+                str(folder),
+                "no *.safetensors and no *.gguf in it",
+                "model.path=/the/folder/with/the/weights",
+            )
+        )
     return files
 
 
 def pickle_refused(path: Path) -> InputError:
     """Pickled weights can run any code when they are loaded."""
     return InputError(
-        Problem("pickle-refused", f"{path.name} is not read: pickled weights can run code", str(path),
-                "only safetensors and GGUF files are loaded",
-                "use the safetensors files of the model, or convert with safetensors.torch.save_file on a machine "
-                "you can lose")
-    )  # fmt: skip
+        Problem(
+            "pickle-refused",
+            f"{path.name} is not read: pickled weights can run code",
+            str(path),
+            "only safetensors and GGUF files are loaded",
+            "use the model's safetensors files, or convert it with safetensors.torch.save_file elsewhere",
+        )
+    )
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX_NAME
-    data = _json(path, path.read_bytes())
+    data = read_json(path)
     given = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
         raise malformed(path, "it has no weight_map from tensor to file names")
@@ -148,14 +174,37 @@ def _config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    data = _json(path, path.read_bytes())
+    data = read_json(path)
     if not isinstance(data, dict):
         raise malformed(path, "config.json is not a JSON object")
     return data
 
 
+def read_json(path: Path) -> Any:  # noqa: ANN401
+    """Parse a JSON file of at most 100 MB.
+
+    Raises:
+        InputError: `file-malformed`, `file-missing`, `file-unreadable`.
+    """
+    with readable(path), path.open("rb") as file:
+        raw = file.read(_MAX_HEADER_BYTES + 1)
+    if len(raw) > _MAX_HEADER_BYTES:
+        raise malformed(path, f"{path.name} is not read", "it is larger than 100 MB")
+    return _json(path, raw)
+
+
 def _json(path: Path, raw: bytes) -> Any:  # noqa: ANN401
     try:
-        return json.loads(raw)
+        return json.loads(raw, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise malformed(path, f"it is not JSON: {error}") from error
+        raise malformed(path, f"its JSON cannot be read: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dict; a name that stands there twice would hide a tensor."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name[:200]!r} stands there twice")
+        found[name] = value
+    return found

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor that a module must have in the file: its role there (`weight`, `bias`, ...), name, dtypes, shape.
+    """A tensor that a module must have in the file: its role (`weight`, `bias`, ...), name, dtypes, shape.
 
     `dtypes` are the acceptable container dtypes; empty means any the format can decode.
     """

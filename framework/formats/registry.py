@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+from framework.checkpoint import safetensors
+from framework.checkpoint.faults import malformed
 from framework.checkpoint.index import Index
 from framework.errors import InputError, Problem, Refused
 from framework.formats.base import Layout
@@ -17,7 +20,17 @@ if TYPE_CHECKING:
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (GgufLayout(), PlainLayout())}
 _DECODERS = {"gguf": "framework.formats.gguf.decode", "none": "framework.formats.plain.decode"}
-_DECLARED = {"awq": "awq", "gptq": "gptq", "auto-round": "auto_round", "compressed-tensors": "compressed_tensors"}
+_DECLARED = {
+    "awq": "awq",
+    "gptq": "gptq",
+    "auto-round": "auto_round",
+    "compressed-tensors": "compressed_tensors",
+}
+_SIDE_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "gptq",
+    "quantization_config.json": "auto-round",
+}
 _LATER = ("modelslim", *_DECLARED.values())
 
 
@@ -30,13 +43,18 @@ def detect(index: Index, asked: str = "auto") -> tuple[str, str]:
     """Return the format and why, by content; `asked` is `quantization.format`.
 
     Raises:
-        Refused: `format-not-yet`, a quantized format that is recognised but cannot be run yet; `format-mismatch`.
-        InputError: `unknown-format`.
+        Refused: `format-not-yet`, recognised, cannot be run yet; `format-unsupported`; `format-mismatch`.
+        InputError: `unknown-format`, `file-malformed`.
     """
     known = ("auto", *LAYOUTS, *_LATER)
     if asked not in known:
         raise InputError(
-            Problem("unknown-format", f"there is no format {asked}", "quantization.format", f"known: {', '.join(known)}")
+            Problem(
+                "unknown-format",
+                f"there is no format {asked}",
+                "quantization.format",
+                f"known: {', '.join(known)}",
+            )
         )
     found, why = _detect(index)
     if asked not in ("auto", found):
@@ -49,11 +67,12 @@ def detect(index: Index, asked: str = "auto") -> tuple[str, str]:
                 f"quantization.format=auto   or   quantization.format={found}",
             )
         )
-    if found in _LATER:
+    if found not in LAYOUTS:
+        later = found in _LATER
         raise Refused(
             Problem(
-                "format-not-yet",
-                f"checkpoints of format {found} cannot be run yet",
+                "format-not-yet" if later else "format-unsupported",
+                f"checkpoints of format {found} cannot be run" + (" yet" if later else ""),
                 str(index.root),
                 why,
                 "a float or GGUF checkpoint of the model; job=matrix lists what the support table knows",
@@ -65,28 +84,26 @@ def detect(index: Index, asked: str = "auto") -> tuple[str, str]:
 def _detect(index: Index) -> tuple[str, str]:
     if index.container == "gguf":
         return "gguf", LAYOUTS["gguf"].detect(index) or ""
-    if index.root.is_dir():
-        described = sorted(path.name for path in index.root.glob("quant_model_description*.json"))
-        if described:
-            return "modelslim", f"{described[0]} describes its weights"
-        config = index.config or {}
-        text = config.get("text_config") or {}
-        declared = config.get("quantization_config") or text.get("quantization_config")
-        declared = declared or config.get("compression_config") or _side_file(index)
-        if declared:
-            method = str(declared.get("quant_method", "compressed-tensors")).lower()
-            return _DECLARED.get(method, method), f"quantization_config says quant_method {method}"
+    folder = index.root if index.root.is_dir() else index.root.parent
+    described = sorted(path.name for path in folder.glob("quant_model_description*.json"))
+    if described:
+        return "modelslim", f"{described[0]} describes its weights"
+    for place, declared in _declarations(folder, index.config or {}):
+        if not isinstance(declared, dict):
+            raise malformed(folder / place.split(":")[0], f"{place} is no mapping")
+        method = str(declared.get("quant_method", "compressed-tensors")).lower()
+        return _DECLARED.get(method, method), f"{place} says quant_method {method}"
     return "none", LAYOUTS["none"].detect(index) or ""
 
 
-def _side_file(index: Index) -> dict[str, object] | None:
-    for name in ("quantize_config.json", "quant_config.json", "quantization_config.json"):
-        path = index.root / name
-        if path.is_file():
-            try:
-                data = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(Problem("file-malformed", f"{name} is not JSON: {error}", str(path))) from error
-            default = "auto-round" if name == "quantization_config.json" else "gptq"
-            return {"quant_method": default} | data if isinstance(data, dict) else None
-    return None
+def _declarations(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what declares a quantization, and where, the strongest first."""
+    text = config.get("text_config")
+    for place, held in (("config.json", config), ("config.json: text_config", text)):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(held, Mapping) and held.get(key):
+                yield f"{place}{'.' if ':' in place else ': '}{key}", held[key]
+    for name, method in _SIDE_FILES.items():
+        if (folder / name).is_file():
+            declared = safetensors.read_json(folder / name)
+            yield name, {"quant_method": method} | declared if isinstance(declared, dict) else declared

@@ -5,6 +5,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -93,12 +94,29 @@ def test_a_truncated_gguf_is_named(tmp_path, share):
         {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": [1]},
         {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]},
+        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [10**3000] * 500, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1] * 1000, "data_offsets": [0, 4]},
         17,
     ],
 )
 def test_a_tensor_entry_that_contradicts_itself_is_malformed(tmp_path, entry):
     path = raw_safetensors(tmp_path / "m.safetensors", {"a": entry}, b"\0" * 8)
     assert code(open_index, path) == "file-malformed"
+
+
+def test_a_tensor_named_twice_is_malformed(tmp_path):
+    entry = '{"dtype": "F32", "shape": [1], "data_offsets": [%d, %d]}'
+    text = f'{{"a": {entry % (0, 4)}, "a": {entry % (4, 8)}}}'.encode()
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+    assert code(open_index, tmp_path / "m.safetensors") == "file-malformed"
+
+
+@pytest.mark.parametrize("text", [b"[" * 100000, b"\xff\xfe{", b"[]", b"{", b'{"a": null}'])
+def test_a_header_that_is_no_table_of_tensors_is_malformed(tmp_path, text):
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    assert code(open_index, tmp_path / "m.safetensors") == "file-malformed"
 
 
 def test_overlapping_tensors_are_malformed(tmp_path):
@@ -127,6 +145,112 @@ def test_links_as_the_hub_cache_makes_them_are_followed(folder, tmp_path):
     assert "a.weight" in open_index(folder).tensors
 
 
+def test_a_link_to_a_blob_that_was_evicted_is_a_missing_file(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "gone")
+    assert code(open_index, folder) == "file-missing"
+
+
+def test_weights_that_are_a_folder_or_a_device_are_no_files(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    assert code(open_index, folder) == "file-unreadable"
+    assert code(open_index, Path("/dev/null")) == "file-truncated"
+
+
+def test_any_part_opens_the_whole_split_gguf():
+    parts = sorted((GOLDEN / "gguf-q4_0-split-1l").glob("*.gguf"))
+    indexes = [open_index(part) for part in [*parts, parts[0].parent]]
+    assert len({(index.root, index.files) for index in indexes}) == 1
+    assert all(index.tensors == indexes[0].tensors for index in indexes[1:])
+    assert len(indexes[0].files) == 4 and "output.weight" in indexes[0].tensors
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m-00001-of-00000.gguf", "m-00005-of-00004.gguf"])
+def test_a_part_whose_name_contradicts_it_is_malformed(tmp_path, name):
+    part = GOLDEN / "gguf-q4_0-split-1l" / "model-00002-of-00004.gguf"
+    shutil.copy(part, tmp_path / name)
+    assert code(open_index, tmp_path / name) == "file-malformed"
+
+
+def test_parts_in_the_wrong_order_are_malformed(tmp_path):
+    parts = sorted((GOLDEN / "gguf-q4_0-split-1l").glob("*.gguf"))
+    for part, other in zip(parts, reversed(parts), strict=True):
+        shutil.copy(part, tmp_path / other.name)
+    assert code(open_index, tmp_path) == "file-malformed"
+
+
+def test_a_folder_of_two_gguf_models_is_ambiguous(tmp_path):
+    shutil.copy(GGUF, tmp_path / "a.gguf")
+    shutil.copy(GGUF, tmp_path / "b.gguf")
+    assert code(open_index, tmp_path) == "model-ambiguous"
+
+
+def gguf_with(path, pairs=b"", pair_count=0, tensors=b"", tensor_count=0, version=3, body=0):
+    path.write_bytes(
+        b"GGUF" + struct.pack("<IQQ", version, tensor_count, pair_count) + pairs + tensors + b"\0" * body
+    )
+    return path
+
+
+KEY = struct.pack("<Q", 1) + b"k"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        (struct.pack("<Q", 1 << 62), "file-truncated"),  # a key longer than any file
+        (KEY + struct.pack("<I", 99), "file-malformed"),  # an unknown value type
+        (KEY + struct.pack("<IIQ", 9, 9, 2), "file-malformed"),  # arrays of arrays
+        (KEY + struct.pack("<IIQ", 9, 4, 1 << 62), "file-truncated"),  # more numbers than bytes
+        (KEY + struct.pack("<IIQ", 9, 8, 1 << 62), "file-truncated"),  # more strings than bytes
+        (KEY + struct.pack("<IIQQ", 9, 8, 1, 1 << 63), "file-truncated"),  # a string beyond the end
+    ],
+)
+def test_counts_in_a_gguf_header_are_bounded_by_the_file(tmp_path, pairs, expected):
+    assert code(open_index, gguf_with(tmp_path / "m.gguf", pairs, 1, body=64)) == expected
+
+
+def test_a_header_may_not_ask_for_millions_of_objects(tmp_path):
+    path = gguf_with(tmp_path / "m.gguf", KEY + struct.pack("<IIQ", 9, 0, 9 << 20), 1, body=9 << 20)
+    assert code(open_index, path) == "file-malformed"
+
+
+@pytest.mark.parametrize(("version", "why"), [(1, "2 and 3"), (4, "2 and 3"), (3 << 24, "byte order")])
+def test_other_versions_of_gguf_are_refused(tmp_path, version, why):
+    with pytest.raises(InputError) as caught:
+        open_index(gguf_with(tmp_path / "m.gguf", version=version))
+    assert caught.value.problems[0].code == "gguf-version" and why in caught.value.problems[0].why
+
+
+def test_an_unknown_tensor_type_is_kept_for_the_check_to_show(tmp_path):
+    entry = struct.pack("<Q", 1) + b"t" + struct.pack("<IQQIQ", 2, 32, 2, 77, 0)
+    path = gguf_with(tmp_path / "m.gguf", tensors=entry, tensor_count=1, body=96)
+    assert open_index(path).tensors["t"].dtype == "type 77"
+
+
+def test_a_gguf_opens_without_decoding_its_vocabulary_and_decodes_it_alike():
+    index = open_index(GGUF)
+    tokens = index.metadata["tokenizer.ggml.tokens"]
+    field = gguf.GGUFReader(GGUF).fields["tokenizer.ggml.tokens"]
+    assert tokens._decoded is None and len(tokens) == len(field.data)
+    assert (
+        list(tokens) == field.contents()
+        and tokens[3] == field.contents()[3]
+        and tokens[-2:] == field.contents()[-2:]
+    )
+
+
+def test_tensors_lie_where_the_gguf_library_finds_them():
+    index = open_index(GGUF)
+    reader = gguf.GGUFReader(GGUF)
+    theirs = {
+        t.name: (t.data_offset, t.n_bytes, t.tensor_type.name, tuple(map(int, reversed(t.shape))))
+        for t in reader.tensors
+    }
+    assert {t.name: (t.offset, t.nbytes, t.dtype, t.shape) for t in index.tensors.values()} == theirs
+
+
 def test_a_missing_part_of_a_split_gguf_is_named(tmp_path):
     for part in sorted((GOLDEN / "gguf-q4_0-split-1l").glob("*.gguf"))[:3]:
         shutil.copy(part, tmp_path)
@@ -147,6 +271,23 @@ def test_mutated_gguf_headers_end_in_an_index_or_a_user_error(data, tmp_path_fac
         raw[position] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / "mutated.gguf"
     path.write_bytes(raw)
+    try:
+        assert isinstance(open_index(path), Index)
+    except UserError as error:
+        assert error.problems[0].what
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=2000)
+def test_mutated_safetensors_headers_end_in_an_index_or_a_user_error(data, tmp_path_factory):
+    entries = {f"t{i}": {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]} for i in range(4)}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    raw = bytearray(struct.pack("<Q", len(text)) + text + b"\0" * 32)
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(raw) - 1) | st.integers(0, 7))
+        raw[position] = data.draw(st.integers(0, 255) | st.sampled_from(list(b'0123456789[]{}",:')))
+    path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
+    path.write_bytes(raw[: data.draw(st.integers(len(raw) - 40, len(raw)))])
     try:
         assert isinstance(open_index(path), Index)
     except UserError as error:

@@ -1,7 +1,7 @@
 """GGUF block types to fp32, vectorised. `blocks` is uint8 [B, bytes a block]; the result [B, values a block].
 
-Layouts: ggml-common.h as restated by gguf 0.19 (quants.py). All products are exact in fp32, so every form equals
-gguf.dequantize bit for bit; types with an addend round once, in the same place.
+Layouts: ggml-common.h as restated by gguf 0.19 (quants.py). All products are exact in fp32, so every form
+equals gguf.dequantize bit for bit; types with an addend round once, in the same place.
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ def _mxfp4(raw: Tensor) -> Tensor:
 def _nvfp4(raw: Tensor) -> Tensor:
     code = raw[:, :4]
     exponent, mantissa = ((code >> 3) & 15).float(), (code & 7).float()
-    scale = torch.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * torch.exp2(exponent - 7)) * 0.5
+    scale = (
+        torch.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * torch.exp2(exponent - 7)) * 0.5
+    )
     scale = scale.masked_fill((code == 0) | (code == 0x7F), 0.0)
     packed = raw[:, 4:].reshape(-1, 4, 8)
     values = _MX[torch.cat((packed & 15, packed >> 4), dim=2).int()]

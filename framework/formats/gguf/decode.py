@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,25 @@ CHUNK_VALUES = 4 << 20  # dequantized at a time
 
 
 def decode(
-    module: Module, rect: Rect, scheme: str, index: Index, reader: Reader, *, dtype: torch.dtype = torch.float32
+    module: Module,
+    rect: Rect,
+    scheme: str,
+    index: Index,
+    reader: Reader,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> QuantTensor:
     """Return a rectangle of a module's weight.
 
-    scheme float: values in `dtype` (rounded once from fp32). w4a16: Q4_0 as codes -8..7 with scale d, Q4_1 as codes
-    0..15 with scale d and minimum m. w8a16: Q8_0 as codes with scale d. Groups are the file's blocks of 32.
+    float: values in `dtype`, rounded once from fp32; norms [H, 1] in fp32. w4a16: Q4_0 as codes -8..7
+    with scale d; Q4_1 as codes 0..15 with scale d and minimum m (signed codes would need m + 8d, which
+    rounds). w8a16: Q8_0 as codes with scale d. Codes are int8 [N, K], scales and minima fp32 [N, K/32]:
+    groups are the file's blocks of 32, and dequantize() equals gguf.dequantize bit for bit. Columns of a
+    packed rectangle are multiples of 32, those of a float one may cut blocks. Rows of q and k are whole
+    heads where the architecture permutes them.
+
+    Raises:
+        InputError: `file-truncated`, `file-missing`, `file-unreadable`.
     """
     info = index.tensors[f"{tensor_name(module, index)}.weight"]
     if module.kind is Kind.NORM:
@@ -33,9 +48,10 @@ def decode(
         return QuantTensor(values[rect.n0 : rect.n1].unsqueeze(1))
     if scheme == "float":
         return QuantTensor(_order(module, index, _values(info, rect, reader, dtype)))
-    _, block, nbytes = GGML_TYPES[info.dtype]
-    raw = torch.from_numpy(reader.read(info, rect.n0, rect.n1, rect.k0 // block * nbytes, rect.k1 // block * nbytes))
-    return _packed(info.dtype, _order(module, index, raw))
+    packed = _packed(info, rect, reader)
+    parts = {name: getattr(packed, name) for name in ("codes", "scale", "minimum")}
+    parts = {name: None if part is None else _order(module, index, part) for name, part in parts.items()}
+    return replace(packed, **parts)
 
 
 def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
@@ -65,20 +81,36 @@ def _order(module: Module, index: Index, rows: Tensor) -> Tensor:
         return rows
     if not module.name.endswith((".q_proj", ".k_proj")):
         return rows
-    heads = rows.unflatten(0, (-1, module.unit // 2, 2))
+    heads = rows.reshape(-1, module.unit // 2, 2, *rows.shape[1:])
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
-def _packed(kind: str, raw: Tensor) -> QuantTensor:
-    rows = raw.shape[0]
-    blocks = raw.reshape(-1, GGML_TYPES[kind][2])
-    scale = half(blocks[:, :2]).view(rows, -1)
+def _packed(info: TensorInfo, rect: Rect, reader: Reader) -> QuantTensor:
+    """Unpack the rectangle in chunks of rows; nothing is rounded."""
+    _, block, nbytes = GGML_TYPES[info.dtype]
+    if rect.k0 % block or rect.k1 % block:
+        raise ValueError(f"columns {rect.k0}..{rect.k1} of {info.name} cut a block of {block}")
+    rows, columns = rect.shape
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    scale = torch.empty(rows, columns // GROUP)
+    minimum = torch.empty_like(scale) if info.dtype == "Q4_1" else None
+    step = max(1, CHUNK_VALUES // columns)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        raw = reader.read(
+            info, rect.n0 + start, rect.n0 + stop, rect.k0 // block * nbytes, rect.k1 // block * nbytes
+        )
+        blocks = torch.from_numpy(raw).reshape(-1, nbytes)
+        scale[start:stop] = half(blocks[:, :2]).view(stop - start, -1)
+        if minimum is not None:
+            minimum[start:stop] = half(blocks[:, 2:4]).view(stop - start, -1)
+        codes[start:stop] = _codes(info.dtype, blocks).view(stop - start, columns)
+    return QuantTensor(codes, scale, minimum=minimum, group_size=GROUP, bits=8 if info.dtype == "Q8_0" else 4)
+
+
+def _codes(kind: str, blocks: Tensor) -> Tensor:
     if kind == "Q8_0":
-        codes = blocks[:, 2:].contiguous().view(torch.int8)
-        return QuantTensor(codes.view(rows, -1), scale, group_size=GROUP, bits=8)
+        return blocks[:, 2:].contiguous().view(torch.int8)
     if kind == "Q4_0":
-        codes = nibbles(blocks[:, 2:]).view(torch.int8) - 8
-        return QuantTensor(codes.view(rows, -1), scale, group_size=GROUP, bits=4)
-    codes = nibbles(blocks[:, 4:]).view(torch.int8)
-    minimum = half(blocks[:, 2:4]).view(rows, -1)
-    return QuantTensor(codes.view(rows, -1), scale, minimum=minimum, group_size=GROUP, bits=4)
+        return nibbles(blocks[:, 2:]).view(torch.int8) - 8
+    return nibbles(blocks[:, 4:]).view(torch.int8)

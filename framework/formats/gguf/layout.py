@@ -76,10 +76,12 @@ class GgufLayout:
         kinds: dict[str, int] = {}
         for info in index.tensors.values():
             kinds[info.dtype] = kinds.get(info.dtype, 0) + 1
-        return "it starts with GGUF; " + ", ".join(f"{n} {k}" for k, n in sorted(kinds.items(), key=lambda i: -i[1]))
+        return "it starts with GGUF; " + ", ".join(
+            f"{n} {k}" for k, n in sorted(kinds.items(), key=lambda i: -i[1])
+        )
 
     def schemes_of(self, module: Module, index: Index) -> tuple[str, ...]:
-        """float for every type; the blocks of 32 of Q4_0, Q4_1 and Q8_0 can be kept packed."""
+        """Float for every type; the blocks of 32 of Q4_0, Q4_1 and Q8_0 can be kept packed."""
         info = index.tensors.get(f"{tensor_name(module, index)}.weight")
         kept = KEPT.get(info.dtype) if info is not None and module.kind is Kind.LINEAR else None
         return ("float", kept) if kept else ("float",)

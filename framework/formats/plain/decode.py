@@ -16,7 +16,13 @@ CHUNK_BYTES = 16 << 20
 
 
 def decode(
-    module: Module, rect: Rect, scheme: str, index: Index, reader: Reader, *, dtype: torch.dtype = torch.float32
+    module: Module,
+    rect: Rect,
+    scheme: str,
+    index: Index,
+    reader: Reader,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> QuantTensor:
     """Return a rectangle of a module's weight in `dtype`."""
     info = index.tensors[f"{tensor_name(module, index)}.weight"]

@@ -69,7 +69,9 @@ class PlainLayout:
         """Buffers that old releases saved, and towers of multimodal wrappers that text does not need."""
         if name.endswith((".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")):
             return "a buffer that is computed, not loaded"
-        if name.startswith(("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")):
+        if name.startswith(
+            ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+        ):
             return "the vision side of a multimodal model; text only is run"
         return None
 
