@@ -116,30 +116,47 @@ def _since(before: set[Process]) -> tuple[Process, ...]:
 def _attach(options: ClusterOptions) -> Cluster:
     import ray
 
-    address = options.address
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "auto")
-    refused = _unreachable(address)
-    if refused:
-        raise Refused(refused)
+    address = _address(options.address)
+    _reach(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+        with _stderr_to(Path(os.devnull)):
+            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refused(_no_ray(address, first)) from error
     return Cluster(f"Ray at {ray.get_runtime_context().gcs_address}", False, True)
 
 
-def _unreachable(address: str) -> Problem | None:
+def _address(asked: str) -> str:
+    """Return host:port; `auto` is RAY_ADDRESS, or what the last `ray start` on this host has recorded."""
+    from ray._private.services import find_bootstrap_address
+
+    address = asked
+    if asked == "auto":
+        address = os.environ.get("RAY_ADDRESS", "auto")
+    if address == "auto":
+        found = find_bootstrap_address(None)
+        if not found:
+            raise Refused(
+                _no_ray("auto", "RAY_ADDRESS is not set, and no `ray start` was recorded on this host")
+            )
+        address = str(found)
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        why = f"{address} is not of the form HOST:PORT (the port of `ray start --head`, usually 6379)"
+        raise InputError(
+            Problem("unknown-value", "the cluster's address is not readable", "cluster.address", why)
+        )
+    return address
+
+
+def _reach(address: str) -> None:
     """Try the address for 3 s: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return None
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
     except OSError as error:
-        return _no_ray(address, f"{host}:{port}: {error.strerror or error}")
-    return None
+        raise Refused(_no_ray(address, f"{host}:{port}: {error.strerror or error}")) from error
 
 
 def _no_ray(address: str, why: str) -> Problem:

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from framework.cluster import placement
+from framework.cluster.options import ClusterOptions
 from framework.cluster.session import open_session
-from framework.errors import Refused
+from framework.errors import InputError, Refused
 from tests.cluster import stub
 
 TWO_NODES = """
@@ -76,3 +77,16 @@ def test_a_cluster_that_does_not_answer_is_said_at_once(monkeypatch):
 def _attach_only(options, ranks, threads):
     # past the look whether this process is connected already: the shared Ray of these tests
     return placement._attach(options)
+
+
+def test_auto_needs_an_address_or_a_ray_started_here(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
+    with pytest.raises(Refused) as caught:
+        placement._attach(ClusterOptions(name="attach"))
+    assert "RAY_ADDRESS is not set" in caught.value.problems[0].why
+
+
+def test_an_address_of_another_kind_is_refused(monkeypatch):
+    with pytest.raises(InputError):
+        placement._attach(ClusterOptions(name="attach", address="ray://somewhere:10001"))
