@@ -57,9 +57,9 @@ class Arguments:
         return "--version" in self.flags
 
     @property
-    def completing(self) -> bool:
-        """A shell asks what could come next."""
-        return "--shell-completion" in self.flags
+    def help(self) -> bool:
+        """Only the help text is asked."""
+        return "--help" in self.flags
 
     @property
     def running(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
@@ -20,23 +21,24 @@ from framework.recipe.config_source import register
 from framework.recipe.fields import Scalar, build, field_of, keys_below, read
 from framework.recipe.job_options import JOBS, KIND_OF_JOB, WITHOUT_RECIPE
 from framework.recipe.locate import conf_dir, find_recipe, recipe_name, recipes_dir
-from framework.recipe.overrides import prepare
-from framework.recipe.schema import GROUPS, MISSING, SECTIONS, Hardware, JobOptions, Recipe
+from framework.recipe.overrides import PROGRAM, prepare
+from framework.recipe.schema import GROUPS, MISSING, SECTIONS, Chip, Hardware, JobOptions, Recipe
 from framework.recipe.yaml_file import RecipeFile, anchor, read_recipe_file
 
 __all__ = ["compose", "conf_dir", "recipes_dir", "to_recipe"]
 
 
-def compose(overrides: Sequence[str]) -> Recipe:
+def compose(overrides: Sequence[str], *, program: str = PROGRAM) -> Recipe:
     """Compose a recipe as the command line would.
 
     Args:
         overrides: `recipe=NAME|PATH`, `job=JOB`, `key=value`, as typed (values quoted as Hydra wants them).
+        program: how a corrected command begins.
 
     Raises:
         InputError: everything that is wrong with the overrides, or with the recipe.
     """
-    ready = prepare(overrides)
+    ready = prepare(overrides, program=program)
     version.setbase("1.3")
     register()
     loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
@@ -44,7 +46,7 @@ def compose(overrides: Sequence[str]) -> Recipe:
     choice = config.hydra.runtime.choices.get("recipe")
     with open_dict(config):
         del config["hydra"]
-    return to_recipe(config, choice, ready)
+    return to_recipe(config, choice, [text for text in ready if not text.startswith("hydra")])
 
 
 def to_recipe(config: DictConfig, choice: str | None, overrides: Sequence[str]) -> Recipe:
@@ -69,9 +71,8 @@ def to_recipe(config: DictConfig, choice: str | None, overrides: Sequence[str]) 
     data = _checked(data, job, origins)
     _complete(data, job, file, origins)
     sections = {name: build(cls, data[name]) for name, cls in SECTIONS.items()}
-    sections["hardware"] = _of_variant(sections["hardware"], origins)
-    hardware = {key: value for key, value in asdict(sections["hardware"]).items() if key != "variants"}
-    resolved = {**data, "hardware": hardware, "job": {"name": job, **data["job"]}}
+    sections["hardware"] = _of_chip(sections["hardware"], origins)
+    resolved = {**data, "hardware": asdict(sections["hardware"]), "job": {"name": job, **data["job"]}}
     return Recipe(
         name=recipe_name(file.path) if file else "",
         **sections,
@@ -130,11 +131,10 @@ def _complete(data: dict[str, Any], job: str, file: RecipeFile | None, origins: 
         )  # fmt: skip
 
 
-def _of_variant(hardware: Hardware, origins: Mapping[str, str]) -> Hardware:
+def _of_chip(hardware: Hardware, origins: Mapping[str, str]) -> Hardware:
     """Fill in the figures of the chosen chip where the recipe gives none."""
-    known = hardware.variants
-    if not hardware.name:
-        return hardware
+    text = (conf_dir() / "chips" / f"{hardware.name}.yaml").read_text(encoding="utf-8")
+    known = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     if hardware.variant not in known:
         near = nearest(hardware.variant, known)
         raise InputError(
@@ -142,15 +142,15 @@ def _of_variant(hardware: Hardware, origins: Mapping[str, str]) -> Hardware:
                     f"{origins.get('hardware.variant', 'default')}  hardware.variant",
                     f"known: {', '.join(known)}", f"hardware.variant={near[0]}" if near else "")
         )  # fmt: skip
-    chip = known[hardware.variant]
+    chip = build(Chip, known[hardware.variant])
     own = {f.name: getattr(hardware, f.name) or getattr(chip, f.name) for f in fields(chip)}
-    return replace(hardware, **own, variants={})
+    return replace(hardware, **own)
 
 
 def _origins(
     data: dict[str, Any], job: str, file: RecipeFile | None, overrides: Sequence[str]
 ) -> dict[str, str]:
-    origins = {key: "default" for key, _ in _leaves(data) if not key.startswith("hardware.variants.")}
+    origins = {key: "default" for key, _ in _leaves(data)}
     origins |= {"job.name": "default", "hardware.name": "default", "cluster.name": "default"}
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     if file:

@@ -1,8 +1,8 @@
 """The `recipe://` config source: plain recipe files become what Hydra composes.
 
 Hydra sees a group `recipe` whose options are the shipped recipes and, by absolute path, any file. The choices
-that a recipe makes of hardware, cluster and job become `override` entries of a defaults list. The options that
-it gives to a choice are configs of their own, `recipe_<group>/<choice>/<recipe>`; conf/config.yaml lists them
+that a recipe makes of hardware, cluster and job become `override` entries of a defaults list. What it says to
+a choice is a config of its own, `recipe_<group>/<choice>/<recipe>`; conf/config.yaml lists it
 with the choice as an interpolation. When the command line takes another choice, that config is not there.
 """
 

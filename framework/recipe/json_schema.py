@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, Union, get_args, get_origin
 
 from framework.recipe.fields import is_record, typed_fields
@@ -96,13 +98,20 @@ def _typed(kind: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:  # noqa: A
     return {"type": "object", "additionalProperties": _typed(get_args(kind)[1], {})}
 
 
-@cache
 def field_docs(cls: type) -> dict[str, str]:
     """Return the string below each field of a dataclass."""
-    body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
+    return _module_docs(cls.__module__)[cls.__name__]
+
+
+@cache
+def _module_docs(module: str) -> dict[str, dict[str, str]]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: _class_docs(node.body) for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _class_docs(body: list[ast.stmt]) -> dict[str, str]:
     docs = {}
-    for statement, below in zip(body.body, body.body[1:], strict=False):
+    for statement, below in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             text = (
                 below.value.value

@@ -219,6 +219,8 @@ def _check_key(line: _Line, i: int, override: Override, mismatches: list[tuple[i
     found = _field(key, line.jobs)
     if found is None:
         near = _nearest_key(key, line.jobs)
+        if _inside_list(key):
+            near = None
         line.corrected[i] = line.given[i].lstrip("+").replace(key, near, 1) if near else None
         mismatches.append((i, Mismatch(key, "unknown-key", key, _siblings(key, line.jobs), near or "")))
         return
@@ -292,12 +294,19 @@ def _report(line: _Line, mismatches: list[tuple[int, Mismatch]]) -> None:
 
 
 def _not_a_key(key: str) -> str:
-    if key.split(".")[0] in SECTIONS and any(part.isdigit() for part in key.split(".")):
-        return f"`{key}`: items of a list have no keys of their own, give the list whole"
     return f"`{key}` is not a key of a recipe"
 
 
+def _inside_list(key: str) -> bool:
+    return any(part.isdigit() for part in key.split("."))
+
+
 def _hint(mismatch: Mismatch) -> str:
+    owners = [job for job in JOBS if _field(mismatch.key, [job]) and mismatch.key.startswith("job.")]
+    if owners:
+        return f"is an option of job {', '.join(owners)}"
+    if _inside_list(mismatch.key):
+        return "items of a list have no keys of their own: give the list whole"
     if mismatch.instead:
         return f"did you mean {mismatch.instead}?"
     return f"known keys: {mismatch.expected}" if mismatch.expected else "nothing is called like it"
@@ -305,6 +314,8 @@ def _hint(mismatch: Mismatch) -> str:
 
 def _fix(line: _Line, mismatches: list[tuple[int, Mismatch]]) -> str:
     better = [text for i in dict.fromkeys(i for i, _ in mismatches) if (text := line.corrected.get(i))]
+    if not better and mismatches[0][1].instead:
+        return f"write {mismatches[0][1].instead}"
     return " ".join(shlex.quote(text) for text in better)
 
 

@@ -57,8 +57,8 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """What is known of one chip of a tier. null: no source could be read."""
+class Chip:
+    """What is known of one chip of a tier (conf/chips). null: no source could be read."""
 
     hbm_gib: float | None = None
     """Memory of a device, GiB."""
@@ -79,21 +79,19 @@ class Hardware:
     name: Literal["a2", "a3", "a5"] = MISSING
     """The tier."""
     variant: str = MISSING
-    """The chip whose figures a plan uses; one of `variants`."""
+    """The chip whose figures a plan uses; one of conf/chips/<tier>.yaml."""
     soc_names: tuple[str, ...] = ()
     """Chip names of the tier, as the driver reports them."""
     hbm_gib: float | None = field(default=None, metadata={"above": 0})
-    """Memory of a device, GiB; null: the variant's."""
+    """Memory of a device, GiB; null: the chip's."""
     bandwidth_tb_s: float | None = field(default=None, metadata={"above": 0})
-    """Memory bandwidth of a device, TB/s; null: the variant's."""
+    """Memory bandwidth of a device, TB/s; null: the chip's."""
     peak_tflops: Mapping[str, float | None] = field(default_factory=dict)
-    """Dense peak of the matrix units by dtype, TFLOPS; empty: the variant's."""
+    """Dense peak of the matrix units by dtype, TFLOPS; empty: the chip's."""
     devices_per_node: int | None = field(default=None, metadata={"minimum": 1})
-    """Devices of one host; null: the variant's."""
+    """Devices of one host; null: the chip's."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where each figure was read."""
-    variants: Mapping[str, Variant] = field(default_factory=dict)
-    """Figures by chip."""
 
 
 @dataclass(frozen=True, slots=True)

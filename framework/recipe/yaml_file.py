@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,16 @@ def read_recipe_file(path: Path) -> RecipeFile:
         InputError: all problems of the file: `yaml-syntax`, `unknown-key`, `yaml-type`, `wrong-type`,
             `unknown-value`, `missing-key`, `recipe-key`, `interpolation`, `duplicate-key`.
     """
+    state = path.stat()
+    return _read_recipe_file(path, str(Path.cwd()), state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=32)
+def _read_recipe_file(path: Path, cwd: str, mtime_ns: int, size: int) -> RecipeFile:
+    """One composition asks several times; the other arguments tell whether the answer still holds."""
+    del cwd, mtime_ns
     walk = _Walk(shown(path))
-    tree = walk.document(_text(path))
+    tree = walk.document(_text(path, size))
     choices, options, values = {}, {}, {}
     found: list[Mismatch] = []
     for key, node in tree.items():
@@ -99,9 +108,9 @@ def anchor(value: Any, folder: Path) -> Any:  # noqa: ANN401
     return str((folder / Path(value).expanduser()).absolute())
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, size: int) -> str:
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if size > MAX_BYTES:
             problem = Problem("yaml-syntax", "this is no recipe: it is larger than 1 MiB", shown(path))
             raise InputError(problem)
         return path.read_text(encoding="utf-8")
