@@ -65,7 +65,7 @@ def fused_infer_attention_score(
 
     Hardware ignores `sparse_mode` for a query of one row (outside TND); here a band holds there, too.
     """
-    given = sorted(name for name, argument in unsupported.items() if argument is not None and argument != 0)
+    given = sorted(name for name, argument in unsupported.items() if isinstance(argument, Tensor) or argument)
     if given:
         raise NotImplementedError(f"npu_fused_infer_attention_score: no CPU kernel for {', '.join(given)}")
     kv_heads = num_key_value_heads or num_heads

@@ -1,0 +1,117 @@
+"""Which operators run is decided once per process, so each case is a process of its own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+WITHOUT_CANN = """
+raise ImportError("libhccl.so: cannot open shared object file: No such file or directory")
+"""
+
+# A torch_npu that loads: it defines two operators for NPU tensors, and the ATB ones as Python functions.
+LOADABLE = """
+import types
+import torch
+npu = types.SimpleNamespace(is_available=lambda: DEVICES > 0)
+_library = torch.library.Library("npu", "DEF")
+_library.define("npu_swiglu(Tensor input, int dim=-1) -> Tensor")
+_library.impl("npu_swiglu", lambda input, dim=-1: input.new_empty(()), "PrivateUse1")
+def _npu_paged_attention(*args):
+    return "theirs"
+"""
+
+
+def run(code, tmp_path, torch_npu=None):
+    if torch_npu is not None:
+        package = tmp_path / "torch_npu"
+        package.mkdir()
+        (package / "__init__.py").write_text(torch_npu)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_torch_npu_without_cann_changes_nothing_for_the_cpu(tmp_path):
+    code = """
+    import torch
+    from framework import ops
+    from framework.ops import register
+    assert register.available_devices() == ("cpu",)
+    register.ensure_registered("cpu")
+    print(ops.npu_swiglu(torch.ones(1, 4)).shape, torch.ops.npu.npu_swiglu(torch.ones(1, 4)).shape)
+    """
+    assert run(code, tmp_path, WITHOUT_CANN) == "torch.Size([1, 2]) torch.Size([1, 2])\n"
+
+
+ASK_FOR_AN_NPU = """
+from framework.errors import Refused
+from framework.ops import register
+try:
+    register.ensure_registered("npu")
+except Refused as refusal:
+    problem = refusal.problems[0]
+    print(problem.code, "|", problem.what, "|", problem.fix)
+"""
+
+
+def test_an_npu_asked_for_without_cann_names_the_missing_library(tmp_path):
+    output = run(ASK_FOR_AN_NPU, tmp_path, WITHOUT_CANN)
+    assert output.startswith("device-absent | torch_npu cannot be loaded: libhccl.so")
+    assert "set_env.sh" in output
+
+
+def test_an_npu_asked_for_without_torch_npu_says_what_to_install(tmp_path):
+    assert "torch_npu is not installed" in run(ASK_FOR_AN_NPU, tmp_path)
+
+
+def test_an_npu_asked_for_where_the_driver_shows_none_is_refused(tmp_path):
+    assert "no NPU is visible" in run(ASK_FOR_AN_NPU, tmp_path, LOADABLE.replace("DEVICES", "0"))
+
+
+def test_beside_torch_npu_only_cpu_kernels_are_added(tmp_path):
+    """Defining an operator that torch_npu defines, too, raises or aborts the process."""
+    code = """
+    import torch
+    from framework import ops
+    from framework.ops import register
+    register.ensure_registered("npu")
+    register.ensure_registered("cpu")
+    assert ops.npu_swiglu is torch.ops.npu.npu_swiglu.default
+    assert ops._npu_paged_attention() == "theirs"
+    print(ops.npu_swiglu(torch.ones(1, 4)).shape)
+    """
+    assert run(code, tmp_path, LOADABLE.replace("DEVICES", "1")) == "torch.Size([1, 2])\n"
+
+
+def test_an_npu_cannot_be_asked_for_after_the_cpu_operators_were_defined(tmp_path):
+    code = """
+    from framework.ops import register
+    register.ensure_registered("cpu")
+    try:
+        register.ensure_registered("npu")
+    except RuntimeError as error:
+        print(error)
+    """
+    assert "before the first use" in run(code, tmp_path, LOADABLE.replace("DEVICES", "1"))
+
+
+def test_importing_the_package_imports_no_torch(tmp_path):
+    code = """
+    import sys
+    import framework.ops, framework.ops.register
+    framework.ops.register.available_devices()
+    print("torch" in sys.modules)
+    """
+    assert run(code, tmp_path) == "False\n"
