@@ -5,6 +5,7 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -23,8 +24,8 @@ from framework.errors import UserError
 from tests.cluster import stub
 
 node = {"num_cpus": 1, "object_store_memory": 100 << 20}
-cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
-cluster.add_node(**node)
+cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False, "temp_dir": sys.argv[1]})
+cluster.add_node(**node, temp_dir=sys.argv[1])
 options = {"name": "attach", "address": cluster.address, "cpus_per_rank": 1.0}
 found = {}
 try:
@@ -47,10 +48,9 @@ def test_ranks_spread_over_two_nodes_and_strict_pack_is_refused_with_each_nodes_
     token = tmp_path / "token"
     token.write_text(secrets.token_hex(32))
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    environment["RAY_TMPDIR"] = "/tmp"
-    run = subprocess.run(
-        [sys.executable, "-c", TWO_NODES], capture_output=True, text=True, env=environment, timeout=240
-    )
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        command = [sys.executable, "-c", TWO_NODES, folder]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     problem = found["refused"]
