@@ -16,7 +16,7 @@ from framework.errors import InputError, Refused
 from tests.cluster import stub
 
 TWO_NODES = """
-import json, sys
+import json
 from dataclasses import asdict
 from ray.cluster_utils import Cluster
 from framework.cluster.session import open_session
@@ -24,8 +24,8 @@ from framework.errors import UserError
 from tests.cluster import stub
 
 node = {"num_cpus": 1, "object_store_memory": 100 << 20}
-cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False, "temp_dir": sys.argv[1]})
-cluster.add_node(**node, temp_dir=sys.argv[1])
+cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+cluster.add_node(**node)
 options = {"name": "attach", "address": cluster.address, "cpus_per_rank": 1.0}
 found = {}
 try:
@@ -49,7 +49,8 @@ def test_ranks_spread_over_two_nodes_and_strict_pack_is_refused_with_each_nodes_
     token.write_text(secrets.token_hex(32))
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
-        command = [sys.executable, "-c", TWO_NODES, folder]
+        environment["RAY_TMPDIR"] = folder
+        command = [sys.executable, "-c", TWO_NODES]
         run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
