@@ -100,8 +100,7 @@ class BatchBuilder:
         )
 
     def _block_table(self, pieces: list[Piece]) -> Tensor:
-        # a page list only grows while it lives, so its identity and length tell whether it is the one we know;
-        # lists are compared too, for one that died and left its identity to another
+        # a page list only grows while it lives, so its identity and length tell whether it is the one we know
         key = [(id(piece.pages), len(piece.pages)) for piece in pieces]
         if key != self._table_key:
             widest = max(len(piece.pages) for piece in pieces)

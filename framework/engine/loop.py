@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from framework.engine.batch import Batch, BatchBuilder, Piece
-from framework.engine.cache import KVCache, pages_for
-from framework.engine.request import FinishReason, Finished, Request, TokenEvent
+from framework.engine.cache import PAGE_TOKENS, KVCache, pages_for
+from framework.engine.request import Finished, FinishReason, Request, TokenEvent
 from framework.engine.sampler import logprobs, sample, uniform
 from framework.engine.scheduler import Chunk, Scheduler, Sequence
-from framework.errors import Problem, Refused
+from framework.errors import InputError, Problem, Refused
 from framework.layers.group import Group
 from framework.text.stream import StopMatcher, TextStream
 from framework.text.tokenizer import Tokenizer
@@ -36,7 +36,23 @@ class _Output:
 
 
 class Engine:
-    """Runs requests on a model over a paged cache. `generate` and `score` are called on all ranks alike."""
+    """Runs requests on a model over a paged cache. `generate` and `score` are called on all ranks alike.
+
+    Once a step rank 0 spreads an int64 tensor [1 + max_batch]: whether to stop, then for each token chosen
+    2 * token + (1 if that ends its request). Requests that arrive while others run can enter by the same
+    message.
+
+    Args:
+        model: (batch, cache layers) to logits [S, vocab] fp32 of the batch's logit rows, equal on all ranks.
+        cache: this rank's.
+        tokenizer: for text and stop strings, on rank 0; None: events without text.
+        group: the ranks.
+        max_batch: sequences that run at once.
+        chunk_tokens: tokens of a step, so that a long prompt does not hold up the others.
+        eos_ids: ids that end a request, beside the tokenizer's own.
+        context: tokens of prompt and answer together; what the cache holds if not given.
+        should_stop: asked once a step on rank 0; True ends `generate` on all ranks.
+    """
 
     def __init__(
         self,
@@ -48,24 +64,31 @@ class Engine:
         max_batch: int,
         chunk_tokens: int,
         eos_ids: Iterable[int] = (),
+        context: int | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self._model, self._cache, self._tokenizer, self._group = model, cache, tokenizer, group
         self._max_batch, self._chunk_tokens = max_batch, chunk_tokens
+        self._context, self.should_stop = context, should_stop
+        self._message = torch.zeros(1 + max_batch, dtype=torch.int64, device=cache.device)
         self._eos_ids = frozenset(eos_ids) | frozenset(tokenizer.stop_ids if tokenizer else ())
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Events]:
         """Yield what each step brought, on rank 0; empty lists on the others.
 
         Raises:
-            InputError: `bad-request`. Refused: `cache-too-small`, `not-finite`.
+            InputError: `bad-request`, `prompt-too-long`. Refused: `not-finite`.
         """
         start_s = time.perf_counter()
-        requests = list(requests)
         scheduler = Scheduler(
-            requests, self._cache.pages, max_batch=self._max_batch, chunk_tokens=self._chunk_tokens
+            requests,
+            self._cache.pages,
+            max_batch=self._max_batch,
+            chunk_tokens=self._chunk_tokens,
+            context=self._context,
         )
         builder = BatchBuilder(self._cache.device)
-        outputs = {id(request): self._output(request) for request in requests}
+        outputs = {id(sequence): self._output(sequence.request) for sequence in scheduler.waiting}
         before: list[Sequence] = []
         while scheduler.unfinished:
             chunks = scheduler.next()
@@ -73,22 +96,18 @@ class Engine:
             if sequences != before:
                 builder.forget()
             before = sequences
-            logits, ending = self._step(builder, chunks)
-            events: Events = []
-            token_ids, finished = [0] * len(ending), [False] * len(ending)
-            if self._group.rank == 0:
-                greedy = logits.argmax(1).tolist() if ending else []
-                for i, chunk in enumerate(ending):
-                    output = outputs[id(chunk.sequence.request)]
-                    token_ids[i] = self._choose(output, chunk, logits[i], greedy[i])
-                    finished[i] = self._extend(output, token_ids[i], logits[i], start_s, events)
-            token_ids, finished = self._agree(token_ids, finished)
-            scheduler.advance(chunks, token_ids, finished)
+            events, stop = self._step(builder, scheduler, chunks, outputs, start_s)
+            if stop:
+                return
             yield events
 
     @torch.inference_mode()
     def score(self, token_ids: list[int]) -> Tensor:
-        """Return fp32 logits [T, vocab] of every position, computed in chunks."""
+        """Return fp32 logits [T, vocab] of every position on the CPU, computed in chunks.
+
+        Raises:
+            InputError: `prompt-too-long`, `bad-request`.
+        """
         return self._score(token_ids, self._chunk_tokens)
 
     @torch.inference_mode()
@@ -97,14 +116,15 @@ class Engine:
         return self._score(token_ids, 1)
 
     def _score(self, token_ids: list[int], step: int) -> Tensor:
-        count = len(token_ids)
-        if pages_for(count) > self._cache.pages:
-            room = self._cache.pages * 128
-            raise Refused(
+        count, room = len(token_ids), self._cache.pages * PAGE_TOKENS
+        if not count:
+            raise InputError(Problem("bad-request", "there are no tokens to score", "the prompt"))
+        if count > min(room, self._context or room):
+            raise InputError(
                 Problem(
-                    "cache-too-small",
-                    f"{count} tokens do not fit the cache of {room}",
-                    "runtime.context, runtime.max_batch",
+                    "prompt-too-long",
+                    f"{count} tokens cannot be scored, the context holds {min(room, self._context or room)}",
+                    "runtime.context",
                     fix=f"runtime.context={count}",
                 )
             )
@@ -112,44 +132,82 @@ class Engine:
         pages = list(range(pages_for(count)))
         parts = [
             self._model(
-                builder.build([Piece(token_ids, pages, start, min(start + step, count), "all")]), self._cache.layers
+                builder.build([Piece(token_ids, pages, start, min(start + step, count), "all")]),
+                self._cache.layers,
             ).cpu()
             for start in range(0, count, step)
         ]
         return torch.cat(parts)
 
     @torch.inference_mode()
-    def _step(self, builder: BatchBuilder, chunks: list[Chunk]) -> tuple[Tensor, list[Chunk]]:
-        """Run one batch; return the logits of the chunks that end, and those chunks."""
+    def _step(
+        self,
+        builder: BatchBuilder,
+        scheduler: Scheduler,
+        chunks: list[Chunk],
+        outputs: dict[int, _Output],
+        start_s: float,
+    ) -> tuple[Events, bool]:
+        """Run one batch; return its events and whether to stop."""
+        logits = self._model(builder.build(_pieces(chunks)), self._cache.layers)
         ending = [chunk for chunk in chunks if chunk.ends]
-        pieces = [
-            Piece(
-                chunk.sequence.ids,
-                chunk.sequence.pages,
-                chunk.sequence.cached,
-                chunk.sequence.cached + chunk.tokens,
-                "last" if chunk.ends or (i == 0 and not ending) else "none",
+        events: Events = []
+        if self._group.rank == 0:
+            token_ids, finished = self._choose_all(logits, ending, outputs, start_s, events)
+            stop = self.should_stop is not None and self.should_stop()
+            if self._group.size > 1:
+                self._tell(token_ids, finished, stop=stop)
+        else:
+            token_ids, finished, stop = self._hear(len(ending))
+        scheduler.advance(chunks, token_ids, finished)
+        return events, stop
+
+    def _choose_all(
+        self,
+        logits: Tensor,
+        ending: list[Chunk],
+        outputs: dict[int, _Output],
+        start_s: float,
+        events: Events,
+    ) -> tuple[list[int], list[bool]]:
+        """Choose a token for each chunk that ends; append events; return the tokens and what is finished."""
+        if not ending:
+            return [], []
+        params = [chunk.sequence.request.sampling for chunk in ending]
+        if all(p.temperature == 0.0 and p.repetition_penalty == 1.0 for p in params):
+            token_ids = logits.argmax(1).tolist()
+        else:
+            rows = logits.cpu()
+            token_ids = [_choose(rows[i], chunk.sequence) for i, chunk in enumerate(ending)]
+        now_s = time.perf_counter()
+        finished = [
+            self._extend(
+                outputs[id(chunk.sequence)],
+                chunk.sequence.most,
+                token_id,
+                row,
+                (start_s, now_s),
+                events,
             )
-            for i, chunk in enumerate(chunks)
+            for chunk, token_id, row in zip(ending, token_ids, logits, strict=True)
         ]
-        logits = self._model(builder.build(pieces), self._cache.layers)
-        return logits, ending
+        return token_ids, finished
 
     def _output(self, request: Request) -> _Output:
         stream = TextStream(self._tokenizer, request.prompt_ids[-4:]) if self._tokenizer else None
         return _Output(request, stream, StopMatcher(request.sampling.stop))
 
-    def _choose(self, output: _Output, chunk: Chunk, logits: Tensor, greedy: int) -> int:
-        params, ids = output.request.sampling, chunk.sequence.ids
-        if params.temperature == 0.0 and params.repetition_penalty == 1.0:
-            return greedy
-        number = uniform(params.seed, output.request.index, len(ids))
-        return sample(logits.cpu(), params, ids, number)
-
-    def _extend(self, output: _Output, token_id: int, logits: Tensor, start_s: float, events: Events) -> bool:
+    def _extend(
+        self,
+        output: _Output,
+        most: int,
+        token_id: int,
+        logits: Tensor,
+        times: tuple[float, float],
+        events: Events,
+    ) -> bool:
         """Take a token; append its events; return whether the request is finished."""
-        request, params = output.request, output.request.sampling
-        now_s = time.perf_counter()
+        request, params, (start_s, now_s) = output.request, output.request.sampling, times
         if not output.token_ids:
             output.first_s = now_s
             if not bool(torch.isfinite(logits).all()):
@@ -164,9 +222,13 @@ class Engine:
                 )
         output.token_ids.append(token_id)
         ends = token_id in params.stop_ids or (token_id in self._eos_ids and not params.ignore_eos)
-        shown, hit = ("", False) if ends or output.stream is None else output.matcher.push(output.stream.push(token_id))
+        shown, hit = (
+            ("", False)
+            if ends or output.stream is None
+            else output.matcher.push(output.stream.push(token_id))
+        )
         reason: FinishReason | None = "stop" if ends or hit else None
-        if reason is None and len(output.token_ids) >= params.max_new_tokens:
+        if reason is None and len(request.prompt_ids) + len(output.token_ids) >= most:
             reason = "length"
         if reason and not hit and output.stream is not None:
             rest, hit = output.matcher.push(output.stream.flush())
@@ -178,13 +240,29 @@ class Engine:
             events.append(_finished(output, reason, start_s, now_s))
         return reason is not None
 
-    def _agree(self, token_ids: list[int], finished: list[bool]) -> tuple[list[int], list[bool]]:
-        """Spread rank 0's choices: one token id a chunk, negative (minus one) when it ends its request."""
-        if self._group.size == 1 or not token_ids:
-            return token_ids, finished
-        codes = [-1 - t if done else t for t, done in zip(token_ids, finished, strict=True)]
-        spread = self._group.broadcast(torch.tensor(codes, device=self._cache.device)).tolist()
-        return [-1 - code if code < 0 else code for code in spread], [code < 0 for code in spread]
+    def _tell(self, token_ids: list[int], finished: list[bool], *, stop: bool) -> None:
+        words = [int(stop), *(2 * token + done for token, done in zip(token_ids, finished, strict=True))]
+        self._message[: len(words)] = torch.tensor(words)
+        self._group.broadcast(self._message)
+
+    def _hear(self, count: int) -> tuple[list[int], list[bool], bool]:
+        stop, *words = self._group.broadcast(self._message)[: 1 + count].tolist()
+        return [word >> 1 for word in words], [bool(word & 1) for word in words], bool(stop)
+
+
+def _pieces(chunks: list[Chunk]) -> list[Piece]:
+    # kernels want at least one row of logits: where no token is due, one is computed and dropped
+    idle = not any(chunk.ends for chunk in chunks)
+    return [
+        Piece(s.ids, s.pages, s.cached, s.cached + tokens, "last" if ends or (idle and i == 0) else "none")
+        for i, (s, tokens, ends) in enumerate(chunks)
+    ]
+
+
+def _choose(logits: Tensor, sequence: Sequence) -> int:
+    request = sequence.request
+    number = uniform(request.sampling.seed, request.index, len(sequence.ids))
+    return sample(logits, request.sampling, sequence.ids, number)
 
 
 def _finished(output: _Output, reason: FinishReason, start_s: float, now_s: float) -> Finished:

@@ -16,7 +16,7 @@ class PageAllocator:
         return len(self._free)
 
     def take(self, count: int) -> list[int] | None:
-        """Return `count` pages (consecutive if there is such a run, else the lowest), None if too few are free."""
+        """Return `count` pages, consecutive ones if there is such a run; None if too few are free."""
         if count > len(self._free):
             return None
         start = self._run(count)

@@ -10,11 +10,12 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch a filter off.
+    """How tokens are chosen.
 
-    The filters apply in the order repetition penalty, temperature, top-k, top-p, min-p. `stop` are strings and
-    `stop_ids` tokens that end the text, beside the model's own end tokens (unless `ignore_eos`). `logprobs`: how
-    many of the likeliest tokens to report with each chosen one; 0 reports none.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch a filter off. They apply in the order
+    repetition penalty, temperature, top-k, top-p, min-p. `stop` are strings and `stop_ids` tokens that end
+    the text, beside the model's own end tokens (unless `ignore_eos`). `logprobs`: how many of the likeliest
+    tokens to report with each chosen one; 0 reports none.
     """
 
     max_new_tokens: int = 64
@@ -52,7 +53,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One token and the text that became certain with it ("" while a character or a stop string may go on)."""
+    """One token and the text that became certain with it ("" within a character or a stop string)."""
 
     index: int
     token_id: int
@@ -64,8 +65,8 @@ class TokenEvent:
 class Finished:
     """The end of a request. `token_ids` include the ending stop token, `text` is without it.
 
-    `ttft_s`: from the start of the stream to the first token. `tok_s`: tokens a second after the first one; 0 if
-    there was only one.
+    `ttft_s`: from the start of the stream to the first token. `tok_s`: tokens a second after the first one; 0
+    if there was only one.
     """
 
     index: int

@@ -13,22 +13,21 @@ from typing import NamedTuple
 from framework.engine.cache import PAGE_TOKENS, pages_for
 from framework.engine.pages import PageAllocator
 from framework.engine.request import Request
-from framework.errors import InputError, Problem, Refused
+from framework.errors import InputError, Problem
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request on its way. `ids`: prompt and generated tokens; the first `cached` of them are in the cache."""
+    """A request on its way.
+
+    `ids`: prompt and generated tokens, `most` at the end; the first `cached` of them are in the cache.
+    """
 
     request: Request
     ids: list[int]
+    most: int
     pages: list[int] = field(default_factory=list)
     cached: int = 0
-
-    @property
-    def most_cached(self) -> int:
-        """Tokens in the cache if the request runs to its end (the last token is never fed back)."""
-        return len(self.request.prompt_ids) + self.request.sampling.max_new_tokens - 1
 
 
 class Chunk(NamedTuple):
@@ -42,23 +41,34 @@ class Chunk(NamedTuple):
 class Scheduler:
     """First come, first served, with chunked prefill.
 
-    A step is one token of every sequence that decodes, then prompt tokens up to `chunk_tokens` in all. At most
-    `max_batch` sequences run at once. A sequence gets pages for its longest possible run if they are free, else for
-    its present tokens; it grows page by page. If no page is left, the youngest sequence gives up its pages and is
-    computed again later.
+    A step is one token of every sequence that decodes, then prompt tokens up to `chunk_tokens` in all. At
+    most `max_batch` sequences run at once. A sequence gets pages for its longest possible run if they are
+    free, else for its present tokens; it grows page by page. If no page is left, the youngest sequence gives
+    up its pages and is computed again later. A sequence ends where `context` does: prompt and answer together
+    are no longer.
 
     Raises:
-        InputError: `bad-request`: an empty prompt, or no tokens asked for.
-        Refused: `cache-too-small`: a request that the whole cache cannot hold.
+        InputError: `bad-request`: an empty prompt, or no tokens asked for; `prompt-too-long`. All at once.
     """
 
-    def __init__(self, requests: Iterable[Request], pages: int, *, max_batch: int, chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        pages: int,
+        *,
+        max_batch: int,
+        chunk_tokens: int,
+        context: int | None = None,
+    ) -> None:
+        room = pages * PAGE_TOKENS
+        context = room if context is None else min(context, room)
+        requests = list(requests)
+        if problems := [problem for r in requests if (problem := _problem(r, context))]:
+            raise InputError(problems)
         self._allocator = PageAllocator(pages)
         self._max_batch, self._chunk_tokens = max_batch, chunk_tokens
         self.running: list[Sequence] = []
-        self.waiting = deque(Sequence(request, list(request.prompt_ids)) for request in requests)
-        for sequence in self.waiting:
-            _check(sequence, pages)
+        self.waiting = deque(_sequence(request, context) for request in requests)
 
     @property
     def unfinished(self) -> bool:
@@ -70,13 +80,15 @@ class Scheduler:
         self._grow()
         if self.waiting:
             self._admit()
-        chunks, prefill = [], []
+        chunks: list[Chunk] = []
+        prefill: list[Sequence] = []
         for sequence in self.running:
             if len(sequence.ids) - sequence.cached == 1:
                 chunks.append(Chunk(sequence, 1, True))
             else:
                 prefill.append(sequence)
-        budget = self._chunk_tokens - len(chunks)
+        # prompts go on, slowly, even where decoding alone fills the step
+        budget = max(self._chunk_tokens - len(chunks), self._chunk_tokens // 4, 1)
         for sequence in prefill:
             if budget <= 0:
                 break
@@ -103,7 +115,7 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_batch:
             sequence = self.waiting[0]
-            most = pages_for(sequence.most_cached)
+            most = pages_for(sequence.most - 1)  # the last token is never fed back
             pages = self._allocator.take(most)
             if pages is None:
                 pages = self._allocator.take(min(most, pages_for(len(sequence.ids) + 1)))
@@ -126,30 +138,23 @@ class Scheduler:
         self.waiting.appendleft(youngest)
 
 
-def _check(sequence: Sequence, pages: int) -> None:
-    request = sequence.request
-    where = f"request {request.index}"
-    if not request.prompt_ids:
-        raise InputError(
-            Problem("bad-request", "the prompt has no tokens", where, fix="give at least one token")
-        )
-    new = request.sampling.max_new_tokens
+def _sequence(request: Request, context: int) -> Sequence:
+    ids = list(request.prompt_ids)
+    return Sequence(request, ids, min(len(ids) + request.sampling.max_new_tokens, context))
+
+
+def _problem(request: Request, context: int) -> Problem | None:
+    where, prompt, new = f"request {request.index}", len(request.prompt_ids), request.sampling.max_new_tokens
+    if not prompt:
+        return Problem("bad-request", "the prompt has no tokens", where, fix="give at least one token")
     if new < 1:
-        raise InputError(
-            Problem("bad-request", f"{new} new tokens were asked for", where, fix="max_new_tokens=1")
+        return Problem("bad-request", f"{new} new tokens were asked for", where, fix="job.max_new_tokens=64")
+    if prompt >= context:
+        return Problem(
+            "prompt-too-long",
+            f"the prompt has {prompt} tokens, the context holds {context}",
+            where,
+            "at least one token must be left to generate",
+            f"shorten it to {context - 1} tokens   or   runtime.context={prompt + new}",
         )
-    if pages_for(sequence.most_cached) > pages:
-        room = pages * PAGE_TOKENS
-        prompt = len(request.prompt_ids)
-        raise Refused(
-            Problem(
-                "cache-too-small",
-                f"a prompt of {prompt} tokens and {new} new ones can never fit the cache of {room} tokens",
-                where,
-                f"{prompt} + {new} - 1 = {sequence.most_cached} tokens to hold; "
-                f"{pages} pages x {PAGE_TOKENS} tokens = {room}",
-                f"job.max_new_tokens={room - prompt + 1}"
-                if prompt <= room
-                else f"runtime.context={prompt + new}",
-            )
-        )
+    return None
