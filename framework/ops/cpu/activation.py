@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from framework.ops.cpu.cast import narrow
+
 _FLOAT32 = torch.float32
 _silu = functional.silu
 
@@ -16,7 +18,7 @@ def swiglu(input: Tensor, dim: int = -1) -> Tensor:
         gate, up = input.chunk(2, dim)
         return _silu(gate).mul_(up)
     gate, up = input.float().chunk(2, dim)
-    return _silu(gate, True).mul_(up).to(input.dtype)
+    return narrow(_silu(gate, True).mul_(up), input.dtype)
 
 
 def geglu(
@@ -33,7 +35,7 @@ def geglu(
     first, second = input.float().chunk(2, dim)
     active, linear = (first, second) if activate_left else (second, first)
     gelu = functional.gelu(active, approximate="tanh" if approximate else "none")
-    return torch.mul(gelu, linear).to(input.dtype), gelu.to(input.dtype)
+    return narrow(torch.mul(gelu, linear), input.dtype), narrow(gelu, input.dtype)
 
 
 def gelu_mul(input: Tensor, *, approximate: str = "none") -> Tensor:
@@ -42,4 +44,4 @@ def gelu_mul(input: Tensor, *, approximate: str = "none") -> Tensor:
     Hardware refuses a last dimension above 1024, so MLPs use `npu_geglu(activate_left=True)`.
     """
     gate, up = input.float().chunk(2, -1)
-    return functional.gelu(gate, approximate=approximate).mul_(up).to(input.dtype)
+    return narrow(functional.gelu(gate, approximate=approximate).mul_(up), input.dtype)

@@ -7,7 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_FLOAT32 = torch.float32
+from framework.ops.cpu.cast import narrow
+
 _norm2 = torch.linalg.vector_norm
 
 
@@ -30,7 +31,14 @@ def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tenso
 
 def gemma_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     """As `rms_norm`, with the weight 1 + gamma (added in fp32)."""
-    return _rows(input, gamma.float() + 1.0, epsilon)
+    size = gamma.numel()
+    if input.numel() != size or gamma.dim() != 1:
+        return _rows(input, gamma.float() + 1.0, epsilon)
+    x = input.float()
+    norm = _norm2(x, 2, -1, True)
+    rstd = (norm.item() ** 2 / size + epsilon) ** -0.5
+    y = torch.addcmul(x, x, gamma.float()).mul_(rstd)
+    return narrow(y, input.dtype), norm.fill_(rstd)
 
 
 def add_rms_norm(
@@ -51,12 +59,12 @@ def _rows(input: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
     dims = list(range(-gamma.dim(), 0))
     rstd = x.square().mean(dims, keepdim=True).add_(epsilon).rsqrt_()
     y = (x * rstd).mul_(gamma)
-    return y if input.dtype is _FLOAT32 else y.to(input.dtype), rstd
+    return narrow(y, input.dtype), rstd
 
 
 def _one_row(input: Tensor, gamma: Tensor, epsilon: float, size: int) -> tuple[Tensor, Tensor]:
     """One token: few calls. addcmul works in fp32 inside and rounds once, also for bf16 and fp16."""
-    norm = _norm2(input if input.dtype is _FLOAT32 else input.float(), 2, -1, True)
+    norm = _norm2(input.float(), 2, -1, True)
     rstd = (norm.item() ** 2 / size + epsilon) ** -0.5
     y = torch.addcmul(_zeros(size, input.dtype), input, gamma, value=rstd)
     return y, norm.fill_(rstd)

@@ -40,16 +40,20 @@ def paged_attention(
     tokens, heads, size = query.shape
     group = heads // num_kv_heads
     # The query heads of one KV head are the rows of one product: no copies of keys and values.
-    queries = query.float().view(tokens, num_kv_heads, group, size).unbind(0)
-    outputs = out.view(tokens, num_kv_heads, group, -1).unbind(0)
+    queries = query.float().view(tokens * num_kv_heads, group, size)
+    outputs = out.view(tokens * num_kv_heads, group, -1)
+    one = tokens == 1
     tables = block_table.tolist()
     for row, length in enumerate(context_lens.tolist()):
+        first = row * num_kv_heads
+        own = queries if one else queries.narrow(0, first, num_kv_heads)
+        result = outputs if one else outputs.narrow(0, first, num_kv_heads)
         if length == 0:
-            outputs[row].zero_()
+            result.zero_()
             continue
         keys, values = sequence_rows((key_cache, value_cache), tables[row], length)
-        scores = _baddbmm(_ZERO, queries[row], keys.transpose(1, 2), beta=0, alpha=scale_value)
-        outputs[row].copy_(_bmm(_softmax(scores, -1), values))
+        scores = _baddbmm(_ZERO, own, keys.transpose(1, 2), beta=0, alpha=scale_value)
+        result.copy_(_bmm(_softmax(scores, -1), values))
 
 
 def sequence_rows(

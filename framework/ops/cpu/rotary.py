@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from framework.ops.cpu.cast import narrow
+
 
 def rotary_mul(
     input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
@@ -32,7 +34,7 @@ def rotary_mul(
     else:
         raise ValueError(f"npu_rotary_mul: rotary_mode {rotary_mode!r} is neither 'half' nor 'interleave'")
     y = torch.mul(x, r1.float()).addcmul_(rotated, torch.mul(r2.float(), _signs(rotary_mode, size)))
-    return y if input.dtype is torch.float32 else y.to(input.dtype)
+    return narrow(y, input.dtype)
 
 
 @lru_cache(maxsize=16)
