@@ -142,7 +142,7 @@ def _of_chip(hardware: Hardware, origins: Mapping[str, str]) -> Hardware:
                     f"{origins.get('hardware.variant', 'default')}  hardware.variant",
                     f"known: {', '.join(known)}", f"hardware.variant={near[0]}" if near else "")
         )  # fmt: skip
-    chip = build(Chip, known[hardware.variant])
+    chip = build(Chip, read(Chip, _tree(known[hardware.variant]), "", {}, []))
     own = {f.name: getattr(hardware, f.name) or getattr(chip, f.name) for f in fields(chip)}
     return replace(hardware, **own)
 

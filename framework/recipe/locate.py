@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from framework.errors import InputError, Problem, nearest
@@ -40,7 +41,7 @@ def find_recipe(given: str) -> Path:
         candidates.remove(inside)
     for path in candidates:
         if path.is_file():
-            return path.absolute()
+            return Path(os.path.abspath(path))  # also without its `..`
     known = shipped_recipes()
     near = nearest(bare, known, count=3, cutoff=0.5)
     raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -106,12 +107,9 @@ def _syntax(line: _Line, i: int, parser: OverridesParser, said: str) -> None:
 def _quoted(text: str, parser: OverridesParser) -> str | None:
     """Quote the value of an override, keeping a list a list where it can be read as one text."""
     key, _, value = text.partition("=")
-    inner = value.strip("[]").strip()
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    candidates = [f'{key}="{escaped}"']
+    candidates = [f"{key}={quote(value)}"]
     if value.startswith("[") and value.endswith("]"):
-        texts = inner.replace("\\", "\\\\").replace('"', '\\"')
-        candidates.insert(0, f'{key}=["{texts}"]')
+        candidates.insert(0, f"{key}=[{quote(value[1:-1].strip())}]")
     for candidate in candidates:
         try:
             parser.parse_override(candidate)
@@ -121,14 +119,20 @@ def _quoted(text: str, parser: OverridesParser) -> str | None:
     return None
 
 
+def quote(text: str) -> str:
+    """Quote a text for Hydra's grammar: backslashes are special only in front of a quote."""
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    trailing = escaped[len(escaped.rstrip("\\")) :]
+    return f'"{escaped}{trailing}"'
+
+
 def _ambiguous(line: _Line, i: int, parser: OverridesParser) -> None:
     text = line.given[i]
     key, _, value = text.partition("=")
     found = next((f for job in JOBS if (f := _field(key.lstrip("+"), [job])) is not None), None)
     takes = describe_type(*found) if found is not None else "text"
     if "list" in takes:
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        line.corrected[i] = f'{key}=["{escaped}"]' if "text" in takes else f"{key}=[{value}]"
+        line.corrected[i] = f"{key}=[{quote(value)}]" if "text" in takes else f"{key}=[{value}]"
     elif "text" in takes:
         line.corrected[i] = _quoted(text, parser)
     else:
@@ -256,9 +260,7 @@ def _nearest_key(key: str, jobs: list[str]) -> str | None:
     known = known_keys(jobs)
     last = key.rsplit(".", 1)[-1]
     same = [k for k in known if k.rsplit(".", 1)[-1] == last and k.count(".") >= 1]
-    if same and "." not in key:
-        return same[0]
-    near = nearest(key, known) or [k for k in same if k.count(".") == key.count(".")]
+    near = nearest(key, same, cutoff=0) or nearest(key, known)
     if not near:
         lasts = {k.rsplit(".", 1)[-1]: k for k in reversed(known) if "." in k}
         near = [lasts[name] for name in nearest(last, lasts, cutoff=0.75)]
@@ -329,6 +331,12 @@ def _with_command(line: _Line, program: str) -> Problem:
 
 
 def _recipe_needed(line: _Line) -> None:
+    for job in line.jobs:
+        if job not in JOBS:  # the default of a kind that is not run yet
+            what, fix = f"there is no job {job} yet", "job=check"
+            raise InputError(
+                Problem("unknown-value", what, "the recipe names no job", f"known: {', '.join(JOBS)}", fix)
+            )
     named = any(o.key_or_group == "recipe" for o in line.parsed.values())
     asking = [job for job in line.jobs if job not in WITHOUT_RECIPE]
     if named or not asking:
@@ -354,5 +362,4 @@ def _hydra_name(given: str) -> str:
     path = find_recipe(given)
     if recipes_dir() in path.parents:
         return recipe_name(path)
-    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    return quote(str(path))

@@ -278,9 +278,8 @@ def _problem(mismatch: Mismatch, walk: _Walk) -> Problem:
             return Problem("yaml-type", f"`{mismatch.key}` is text, a bare {mismatch.text} is none in YAML",
                            where, "quotes keep it text", f"{last}: {mismatch.instead}")  # fmt: skip
         case "missing-key":
-            return Problem(
-                "missing-key", f"`{mismatch.key}` is missing", where, fix=f"{last}: {mismatch.expected}"
-            )
+            example = mismatch.expected.split(" | ")[0]
+            return Problem("missing-key", f"`{mismatch.key}` is missing", where, fix=f"{last}: {example}")
         case _:
             fix = f"{last}: {mismatch.instead}" if mismatch.instead else ""
             return Problem(mismatch.kind, f"`{mismatch.key}` cannot be {mismatch.text}", where,
