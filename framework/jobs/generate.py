@@ -32,7 +32,7 @@ def run(recipe: Recipe) -> int:
     tokenizer = load_tokenizer(checked.index)
     prompts = read_prompts(recipe, tokenizer, plan.runtime.context)
     run = run_dir.create(recipe, plan)
-    with waiting("starting ranks") as say, open_session(recipe.cluster, plan) as session:
+    with waiting("starting ranks") as say, open_session(recipe.cluster, plan, log_dir=run.path) as session:
         load_s = load_with_progress(session, plan, say, tokenizer.to_json())
         held = session.call("bytes_held")
         _note(ready_line(load_s, held, plan.to_json()))

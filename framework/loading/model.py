@@ -41,6 +41,7 @@ class LoadedModel:
             max_batch=runtime.max_batch,
             chunk_tokens=runtime.chunk_tokens,
             eos_ids=self.plan.spec.eos_ids,
+            context=runtime.context,
         )
 
     def bytes_held(self) -> int:
@@ -51,13 +52,15 @@ class LoadedModel:
         """Run requests as one continuously batched stream of events (empty lists on ranks but 0)."""
         yield from self._engine.generate(requests)
 
-    def score(self, token_ids: list[int]) -> np.ndarray[Any, Any]:
-        """Return fp32 logits [T, vocab] of every position."""
-        return self._engine.score(token_ids).numpy()
+    def score(self, token_ids: list[int]) -> np.ndarray[Any, Any] | None:
+        """Return fp32 logits [T, vocab] of every position, on rank 0."""
+        logits = self._engine.score(token_ids)
+        return logits.numpy() if self.group.rank == 0 else None
 
-    def score_stepwise(self, token_ids: list[int]) -> np.ndarray[Any, Any]:
+    def score_stepwise(self, token_ids: list[int]) -> np.ndarray[Any, Any] | None:
         """The same by decoding token after token through the cache."""
-        return self._engine.score_stepwise(token_ids).numpy()
+        logits = self._engine.score_stepwise(token_ids)
+        return logits.numpy() if self.group.rank == 0 else None
 
     def trace(self, token_ids: list[int]) -> dict[str, np.ndarray[Any, Any]]:
         """Return the output [T, N of this rank] fp32 of every linear module of one forward pass."""
