@@ -9,8 +9,10 @@ os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
 import contextlib
 import importlib
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if threading.current_thread() is threading.main_thread():
+        # a polite end is an interrupt: everything that cleans up on Ctrl-C does so then too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     return _guarded(lambda: _run(given, full_error), full_error)
 
 
@@ -74,9 +79,10 @@ def _run_by_hydra(arguments: Arguments, full_error: bool) -> int:
     from framework.recipe.config_source import register
     from framework.recipe.overrides import prepare
 
-    ready = prepare(
-        arguments.overrides, multirun=arguments.multirun, running=arguments.running, program=_program()
-    )
+    ready = list(arguments.overrides)
+    if not arguments.completing:
+        flags = {"multirun": arguments.multirun, "running": arguments.running}
+        ready = prepare(ready, **flags, program=_program())
     register()
     statuses: list[int] = []
 

@@ -62,6 +62,11 @@ class Arguments:
         return "--help" in self.flags
 
     @property
+    def completing(self) -> bool:
+        """A shell asks what could come next; its words are Hydra's, not overrides."""
+        return "--shell-completion" in self.flags
+
+    @property
     def running(self) -> bool:
         """A job will run: nothing is only shown."""
         shows = ("--help", "--hydra-help", "--cfg", "--info", "--shell-completion")

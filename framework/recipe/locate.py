@@ -41,7 +41,8 @@ def find_recipe(given: str) -> Path:
         candidates.remove(inside)
     for path in candidates:
         if path.is_file():
-            return Path(os.path.abspath(path))  # also without its `..`
+            # not resolve(): the paths of a recipe belong beside its link, not beside the link's target
+            return Path(os.path.abspath(path))  # noqa: PTH100
     known = shipped_recipes()
     near = nearest(bare, known, count=3, cutoff=0.5)
     raise InputError(

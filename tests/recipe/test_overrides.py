@@ -177,8 +177,8 @@ def test_the_name_of_a_group_is_chosen_by_the_group():
 
 
 def test_ordered_rules_can_be_given_whole_on_the_command_line():
-    rules = "quantization.layers=[{pattern: '*.down_proj', scheme: float}, {pattern: 're:^a[0-3]$', scheme: auto}]"
-    layers = compose(["recipe=quickstart", rules]).quantization.layers
+    rules = "{pattern: '*.down_proj', scheme: float}, {pattern: 're:^a[0-3]$', scheme: auto}"
+    layers = compose(["recipe=quickstart", f"quantization.layers=[{rules}]"]).quantization.layers
     assert [rule.pattern for rule in layers] == ["*.down_proj", "re:^a[0-3]$"]
 
 

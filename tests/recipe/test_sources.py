@@ -257,13 +257,14 @@ def test_a_local_file_is_checked_against_its_digest(tmp_path, monkeypatch):
 
 
 def test_a_repository_gives_safetensors_and_small_files_and_never_a_pickle():
-    names = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin",
-             "original/consolidated.pth", "onnx/model.onnx", "tokenizer.json", "README.md", "consolidated.safetensors",
-             "model.safetensors.index.json", "q4.gguf"]  # fmt: skip
+    names = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+             "pytorch_model.bin",
+             "original/consolidated.pth", "onnx/model.onnx", "tokenizer.json", "README.md",
+             "consolidated.safetensors", "model.safetensors.index.json", "q4.gguf"]  # fmt: skip
     wanted = wanted_files(names, None, "org/name")
     assert set(wanted) == {
-        "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.json",
-        "model.safetensors.index.json",
+        "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "tokenizer.json", "model.safetensors.index.json",
     }  # fmt: skip
 
 
