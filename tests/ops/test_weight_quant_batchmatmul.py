@@ -161,6 +161,7 @@ def test_many_rows_take_another_path_to_the_same_result(bits, monkeypatch):
         codes.t().to(torch.int8), bits=bits, scale=scale, offset=offset, dtype=torch.bfloat16, device=CPU
     )
     form = packed.private(operand)
+    monkeypatch.setattr(packed, "_CHUNK_DEQUANTIZED", 128 * 576)
     by_blocks = packed.multiply(x, form)
     monkeypatch.setattr(packed, "_DEQUANTIZE_FROM_ROWS", 10**9)
     by_kernel = packed.multiply(x, form)

@@ -131,9 +131,8 @@ def _multiply_dequantized(x: Tensor, form: CpuWeight) -> Tensor:
     y = x.new_empty((rows, n))
     for first in range(0, n, step):
         last = min(first + step, n)
-        weight = dequantized(form, first, last).to(dtype)
-        product = torch.bmm(wide.expand(weight.shape[0], rows, k), weight)
-        y[:, first:last].view(rows, -1, block).copy_(product.transpose(0, 1))
+        weight = dequantized(form, first, last).to(dtype).transpose(0, 1).reshape(k, last - first)
+        y[:, first:last] = torch.mm(wide, weight)
     return y
 
 
