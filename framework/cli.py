@@ -143,9 +143,7 @@ def _guarded(action: Callable[[], int], full_error: bool) -> int:
         if problem is not None:
             return _show(InputError(problem), full_error)
         sys.stderr.write(mask_secrets(traceback.format_exc()))
-        sys.stderr.write(
-            "\nThis is a bug. Please report it with the lines above and the run directory's log.txt.\n"
-        )
+        sys.stderr.write("\nThis is a bug. Please report it with the lines above and the run directory's log.txt.\n")
         return BUG
 
 
@@ -173,14 +171,10 @@ def _hydra_problem(error: BaseException) -> Problem | None:
         frames = traceback.extract_tb(error.__traceback__)
         own = frames and f"{os.sep}hydra{os.sep}_internal{os.sep}" in frames[-1].filename
         return Problem("hydra", str(error), "command line") if own and isinstance(error, ValueError) else None
-    at = next(
-        (e for e in chain if isinstance(e, OmegaConfBaseException) and getattr(e, "full_key", None)), error
-    )
+    at = next((e for e in chain if isinstance(e, OmegaConfBaseException) and getattr(e, "full_key", None)), error)
     lines = [line for line in str(at).splitlines() if line.strip() and "hydra.cc" not in line]
     key = str(getattr(at, "full_key", None) or "")
-    return Problem(
-        "config", lines[0] if lines else type(at).__name__, key or "command line", "\n".join(lines[1:3])
-    )
+    return Problem("config", lines[0] if lines else type(at).__name__, key or "command line", "\n".join(lines[1:3]))
 
 
 def _program() -> str:

@@ -86,9 +86,7 @@ def test_a_user_error_is_a_message_without_traceback(job, capsys, error, status)
     assert cli.main(["recipe=quickstart", "job=schema"]) == status
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == (
-        "error[a-code]  what\n  where  where\n  why    why\n  fix    fix\n\nerror[b-code]  again\n"
-    )
+    assert captured.err == ("error[a-code]  what\n  where  where\n  why    why\n  fix    fix\n\nerror[b-code]  again\n")
 
 
 def test_a_bug_keeps_its_traceback_and_exits_70(job, capsys):
@@ -212,9 +210,7 @@ def test_the_entry_imports_nothing_heavy(elsewhere):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

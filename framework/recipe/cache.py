@@ -25,9 +25,7 @@ def cache_dir() -> Path:
     return Path(base) / "npu-launch"
 
 
-def check_digest(
-    path: Path, records: Path, expected: str | None, report: Callable[[str, int, int], None]
-) -> str:
+def check_digest(path: Path, records: Path, expected: str | None, report: Callable[[str, int, int], None]) -> str:
     """Return the SHA-256 of a file, from the record of an earlier call where size and time are unchanged.
 
     Args:

@@ -112,9 +112,7 @@ def _complete(data: dict[str, Any], job: str, file: RecipeFile | None, origins: 
         raise InputError(
             Problem(
                 "missing-key",
-                f"the recipe leaves {', '.join(missing)} open"
-                if len(missing) > 1
-                else f"`{missing[0]}` is missing",
+                f"the recipe leaves {', '.join(missing)} open" if len(missing) > 1 else f"`{missing[0]}` is missing",
                 origins.get(missing[0], "default") if file else "command line",
                 f"{recipe_name(file.path)} says it must be given" if file else "",
                 " ".join(f"{key}=..." for key in missing),
@@ -147,9 +145,7 @@ def _of_chip(hardware: Hardware, origins: Mapping[str, str]) -> Hardware:
     return replace(hardware, **own)
 
 
-def _origins(
-    data: dict[str, Any], job: str, file: RecipeFile | None, overrides: Sequence[str]
-) -> dict[str, str]:
+def _origins(data: dict[str, Any], job: str, file: RecipeFile | None, overrides: Sequence[str]) -> dict[str, str]:
     origins = {key: "default" for key, _ in _leaves(data)}
     origins |= {"job.name": "default", "hardware.name": "default", "cluster.name": "default"}
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -177,11 +173,7 @@ def _origins(
 def _leaves(data: Any, prefix: str = "") -> list[tuple[str, Any]]:  # noqa: ANN401
     if not isinstance(data, dict):
         return [(prefix, data)]
-    return [
-        leaf
-        for key, value in data.items()
-        for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    ]
+    return [leaf for key, value in data.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
 def _tree(value: Any) -> Any:  # noqa: ANN401

@@ -64,9 +64,7 @@ class RecipeSource(ConfigSource):
             config: dict[str, Any] = {"defaults": ["_self_", *choices], **file.values}
         elif not (config := self._options(config_path)):
             raise ConfigLoadError(f"no recipe {config_path}")
-        return ConfigResult(
-            self.provider, f"recipe://{self.path}", OmegaConf.create(config), {"package": "_global_"}
-        )
+        return ConfigResult(self.provider, f"recipe://{self.path}", OmegaConf.create(config), {"package": "_global_"})
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """List groups and recipes, as Hydra's help and completion want them."""

@@ -136,9 +136,7 @@ def describe_type(kind: Any, metadata: Mapping[str, Any] | None = None) -> str: 
     if is_record(kind) or _is_mapping(kind):
         return "a mapping" + (f" of {', '.join(typed_fields(kind))}" if is_record(kind) else "")
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
-    bounds = [
-        f"{word} {metadata[k]}" for k, word in _BOUND_WORDS.items() if k in metadata and kind in (int, float)
-    ]
+    bounds = [f"{word} {metadata[k]}" for k, word in _BOUND_WORDS.items() if k in metadata and kind in (int, float)]
     return " ".join([words, " and ".join(bounds)]).strip()
 
 
@@ -252,9 +250,7 @@ def _within(number: float, metadata: Mapping[str, Any]) -> bool:
 
 
 def _refuse(kind: Any, node: Any, key: str, metadata: Mapping[str, Any], found: list[Mismatch]) -> None:  # noqa: ANN401
-    text = (
-        node.text if isinstance(node, Scalar) else "a list" if isinstance(node, list | tuple) else "a mapping"
-    )
+    text = node.text if isinstance(node, Scalar) else "a list" if isinstance(node, list | tuple) else "a mapping"
     code, instead = "wrong-type", ""
     literals = [v for part in (get_args(kind) if _is_union(kind) else [kind]) for v in _literals(part)]
     if isinstance(node, Scalar):

@@ -129,11 +129,14 @@ def _cached(repo: str, revision: str | None, file: str | None, why: str) -> Path
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        # a pattern that matches nothing: asking for all files would miss those that were never wanted
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["<none>"]))
     except LocalEntryNotFoundError as error:
         raise _failed(repo, revision, why) from error
     names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-    return folder / file if file and file in names else _one(folder, wanted_files(names, file, repo))
+    if file and file not in names:
+        raise _failed(repo, revision, f"{file} is not in the cache, and {why}")
+    return folder / file if file else _one(folder, wanted_files(names, None, repo))
 
 
 def _reporting(report: Progress, total: int) -> Any:  # noqa: ANN401

@@ -12,9 +12,7 @@ from framework.recipe.schema import Auto, Messages, OutputFormat
 class Generate:
     """Prompts to streamed text and results.jsonl."""
 
-    prompts: tuple[str | Messages, ...] = field(
-        default=(), metadata={"examples": [["The capital of France is"]]}
-    )
+    prompts: tuple[str | Messages, ...] = field(default=(), metadata={"examples": [["The capital of France is"]]})
     """Texts, or lists of chat messages ({role, content})."""
     prompt_file: str | None = field(default=None, metadata={"path": True})
     """A file of prompts: .txt, one a line, or .jsonl with `prompt` or `messages`."""

@@ -113,10 +113,6 @@ def _class_docs(body: list[ast.stmt]) -> dict[str, str]:
     docs = {}
     for statement, below in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            text = (
-                below.value.value
-                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-                else ""
-            )
+            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
             docs[statement.target.id] = str(text)
     return docs

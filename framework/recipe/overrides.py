@@ -36,9 +36,7 @@ class _Line:
     jobs: list[str] = field(default_factory=list)
 
 
-def prepare(
-    given: Sequence[str], *, multirun: bool = False, running: bool = True, program: str = PROGRAM
-) -> list[str]:
+def prepare(given: Sequence[str], *, multirun: bool = False, running: bool = True, program: str = PROGRAM) -> list[str]:
     """Check overrides; return them as Hydra takes them (recipes as absolute paths, no `+`).
 
     Args:
@@ -97,9 +95,7 @@ def _syntax(line: _Line, i: int, parser: OverridesParser, said: str) -> None:
         why, fix = "an override is key=value", f"did you mean recipe={text}?"
         line.corrected[i] = None
     else:
-        why = (
-            "one of  = , # ( ) [ ] { } ! & | % ~  or a letter beyond ASCII stands in the value without quotes"
-        )
+        why = "one of  = , # ( ) [ ] { } ! & | % ~  or a letter beyond ASCII stands in the value without quotes"
         fix = "put the value in quotes of its own:  'key=\"value\"'"
     line.problems.append(Problem("override-syntax", f"the override {text} cannot be read", WHERE, why, fix))
 
@@ -290,9 +286,7 @@ def _report(line: _Line, mismatches: list[tuple[int, Mismatch]]) -> None:
         what = f"{len(wrong)} values do not fit" if many else f"`{first.key}` cannot be {first.text}"
         why = [f"{m.key} takes {m.expected}" + (f", not {m.text}" if many else "") for _, m in wrong]
         code = kinds.pop() if len(kinds) == 1 else "wrong-type"
-        line.problems.append(
-            Problem(code, what, WHERE, "\n".join(why), _fix(line, wrong) or f"{first.key}=...")
-        )
+        line.problems.append(Problem(code, what, WHERE, "\n".join(why), _fix(line, wrong) or f"{first.key}=..."))
 
 
 def _not_a_key(key: str) -> str:

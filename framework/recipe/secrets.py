@@ -13,9 +13,7 @@ _PARAMETER = re.compile(
     r"(?P<name>(?:token|secret|password|passwd|api_?key|access_?key|signature|sig)\s*[=:]\s*)[^\s&'\",;]+",
     re.IGNORECASE,
 )
-_BEARER = re.compile(
-    r"(?P<name>(?:Authorization:\s*)?(?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE
-)
+_BEARER = re.compile(r"(?P<name>(?:Authorization:\s*)?(?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
 _SHORTEST = 8  # shorter values of such variables would blank ordinary words
 
 
@@ -26,11 +24,6 @@ def mask_secrets(text: str) -> str:
     text = _PARAMETER.sub(rf"\g<name>{MASK}", text)
     text = _BEARER.sub(rf"\g<name>{MASK}", text)
     for name, value in os.environ.items():
-        if (
-            _SECRET_NAME.search(name)
-            and len(value) >= _SHORTEST
-            and not value.startswith("/")
-            and value in text
-        ):
+        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST and not value.startswith("/") and value in text:
             text = text.replace(value, MASK)
     return text

@@ -67,9 +67,7 @@ def _read_recipe_file(path: Path, cwd: str, mtime_ns: int, size: int) -> RecipeF
             values[key] = read(SECTIONS[key], node, key, {}, found)
         elif key not in REFUSED_KEYS:
             near = nearest(key, [*SECTIONS, "job"])
-            found.append(
-                Mismatch(key, "unknown-key", key, ", ".join([*SECTIONS, "job"]), near[0] if near else "")
-            )
+            found.append(Mismatch(key, "unknown-key", key, ", ".join([*SECTIONS, "job"]), near[0] if near else ""))
     kind = values["model"].get("kind", "llm") if isinstance(values.get("model"), dict) else "llm"
     choices.setdefault("job", DEFAULT_JOB.get(kind, "generate"))
     for group, given in options.items():
@@ -98,12 +96,7 @@ def shown(path: Path) -> str:
 
 def anchor(value: Any, folder: Path) -> Any:  # noqa: ANN401
     """Make a local path absolute; sources (`hf://`), references and special words stay."""
-    if (
-        not isinstance(value, str)
-        or value in ("", "auto", MISSING)
-        or "://" in value
-        or value.startswith("${")
-    ):
+    if not isinstance(value, str) or value in ("", "auto", MISSING) or "://" in value or value.startswith("${"):
         return value
     return str((folder / Path(value).expanduser()).absolute())
 
@@ -115,9 +108,7 @@ def _text(path: Path, size: int) -> str:
             raise InputError(problem)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            Problem("recipe-unreadable", f"the recipe cannot be read: {error}", shown(path))
-        ) from error
+        raise InputError(Problem("recipe-unreadable", f"the recipe cannot be read: {error}", shown(path))) from error
 
 
 class _Walk:
@@ -146,11 +137,7 @@ class _Walk:
     def where(self, key: str) -> str:
         """Where a key, or the nearest one above it, was written."""
         while key not in self.origins and key:
-            key = (
-                key[:-1]
-                if key.endswith("]") and "[" not in key
-                else re.split(r"(?:\.[^.\[]*|\[\d+\])$", key)[0]
-            )
+            key = key[:-1] if key.endswith("]") and "[" not in key else re.split(r"(?:\.[^.\[]*|\[\d+\])$", key)[0]
         return self.origins.get(key, self.name)
 
     def _any(self, node: yaml.Node, key: str, depth: int) -> Any:  # noqa: ANN401
@@ -183,9 +170,7 @@ class _Walk:
                     "a recipe is data, not Hydra config",
                 )
             if name in tree:
-                self._add(
-                    "duplicate-key", f"`{key}` is written twice", key_node, f"first at {self.origins[key]}"
-                )
+                self._add("duplicate-key", f"`{key}` is written twice", key_node, f"first at {self.origins[key]}")
                 continue
             self.origins[key] = self._place(key_node)
             tree[name] = self._any(value, key, depth + 1)
@@ -209,9 +194,7 @@ class _Walk:
         elif isinstance(value, str):
             for reference in PLAIN_REFERENCE.findall(value):
                 if reference[2:-1].split(".")[0] not in (*SECTIONS, "job"):
-                    self._add(
-                        "interpolation", f"`{key}` refers to {reference}, which is no key of a recipe", node
-                    )
+                    self._add("interpolation", f"`{key}` refers to {reference}, which is no key of a recipe", node)
         return Scalar(value, str(node.value), bare=getattr(node, "style", None) is None)
 
     def _place(self, node: yaml.Node) -> str:

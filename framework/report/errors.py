@@ -28,9 +28,7 @@ def _one(problem: Problem, *, colour: bool) -> str:
         ("fix", problem.fix, False),
     ):
         if text:
-            parts = [
-                p for line in mask_secrets(text).splitlines() for p in (_wrap(line, 91) if wraps else [line])
-            ]
+            parts = [p for line in mask_secrets(text).splitlines() for p in (_wrap(line, 91) if wraps else [line])]
             lines.append(f"  {name:<5}  {parts[0]}")
             lines += [_INDENT + part for part in parts[1:]]
     return "\n".join(lines) + "\n"

@@ -54,9 +54,7 @@ def test_every_shipped_recipe_composes_and_is_short():
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_group(tmp_path):
-    path = write(
-        tmp_path, "model: {path: /m}\nruntime: {seed: 3}\njob: {name: generate, max_new_tokens: 5}\n"
-    )
+    path = write(tmp_path, "model: {path: /m}\nruntime: {seed: 3}\njob: {name: generate, max_new_tokens: 5}\n")
     recipe = compose([f"recipe={path}"])
     assert (recipe.runtime.seed, recipe.job.options["max_new_tokens"], recipe.job.options["top_p"]) == (
         3,
@@ -136,9 +134,7 @@ def test_another_choice_on_the_command_line_drops_the_options_of_the_recipes_cho
 def test_the_figures_of_a_chip_come_by_its_name():
     recipe = compose(["recipe=quickstart", "hardware.variant=Ascend910B4"])
     assert (recipe.hardware.hbm_gib, recipe.hardware.bandwidth_tb_s) == (32.0, None)
-    recipe = compose(
-        ["recipe=quickstart", "hardware=a5", "hardware.variant=Ascend950DT", "hardware.hbm_gib=100"]
-    )
+    recipe = compose(["recipe=quickstart", "hardware=a5", "hardware.variant=Ascend950DT", "hardware.hbm_gib=100"])
     assert (recipe.hardware.hbm_gib, recipe.hardware.bandwidth_tb_s) == (100.0, 4.0)
     with pytest.raises(InputError) as error:
         compose(["recipe=quickstart", "hardware.variant=Ascend910B9"])
@@ -219,9 +215,7 @@ def test_a_recipe_can_be_sent_to_another_process():
 
 
 def test_references_between_keys_of_the_recipe_are_resolved(tmp_path):
-    text = (
-        'model: {path: /models/x}\nrun: {dir: "${model.path}/runs"}\nruntime: {seed: "${parallel.tp_size}"}\n'
-    )
+    text = 'model: {path: /models/x}\nrun: {dir: "${model.path}/runs"}\nruntime: {seed: "${parallel.tp_size}"}\n'
     path = write(tmp_path, text + "parallel: {tp_size: 3}\n")
     recipe = compose([f"recipe={path}"])
     assert recipe.run.dir == "/models/x/runs"
