@@ -222,11 +222,7 @@ class Engine:
                 )
         output.token_ids.append(token_id)
         ends = token_id in params.stop_ids or (token_id in self._eos_ids and not params.ignore_eos)
-        shown, hit = (
-            ("", False)
-            if ends or output.stream is None
-            else output.matcher.push(output.stream.push(token_id))
-        )
+        shown, hit = ("", False) if ends or output.stream is None else output.matcher.push(output.stream.push(token_id))
         reason: FinishReason | None = "stop" if ends or hit else None
         if reason is None and len(request.prompt_ids) + len(output.token_ids) >= most:
             reason = "length"

@@ -46,9 +46,7 @@ def sample(logits: Tensor, params: SamplingParams, ids: Sequence[int], number: f
     if 0 < params.top_k < len(logits):
         # a stable order among equals: the smaller id is in
         least = logits.topk(params.top_k).values[-1]
-        candidates = torch.cat([(logits > least).nonzero(), (logits == least).nonzero()])[
-            : params.top_k, 0
-        ].sort()[0]
+        candidates = torch.cat([(logits > least).nonzero(), (logits == least).nonzero()])[: params.top_k, 0].sort()[0]
         logits = logits[candidates]
     probabilities = (logits.double() / params.temperature).softmax(0)
     floor = _floor(probabilities, params)

@@ -1,17 +1,28 @@
-"""Chat templates: untrusted Jinja from a checkpoint, rendered in a sandbox the way transformers renders them."""
+"""Chat templates: untrusted Jinja from a checkpoint, rendered in a sandbox as transformers renders them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from framework.errors import InputError, Problem
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
+
+# a template may run this long, make prompts and repeat values up to this size
+MAX_S = 5.0
+MAX_LINES = 1_000_000
+MAX_CHARACTERS = 16 << 20
+MAX_REPEATED = 1 << 20
+_PADDING = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})  # as wide as the template likes
 
 # what the Python inside a template may raise: a wrong template or wrong messages, not a bug of ours
 _TEMPLATE_FAULTS = (
@@ -36,6 +47,8 @@ def render_chat(
 ) -> str:
     """Render messages to the text the model was trained on.
 
+    The template runs in Jinja's immutable sandbox, with bounds on its time and on what it makes.
+
     Args:
         template: the Jinja source of the checkpoint.
         messages: `role` and `content` of each turn, in order.
@@ -45,23 +58,67 @@ def render_chat(
         variables: further names the template knows, e.g. `enable_thinking`.
 
     Raises:
-        InputError: `chat-template`, with the template's own message.
+        InputError: `chat-template`, with the template's own message or the bound that it met.
     """
     from jinja2 import TemplateError, TemplateSyntaxError
 
     names: dict[str, Any] = {"tools": None, "documents": None, **(variables or {})}
     try:
-        return _compiled(template).render(
-            messages=json.loads(json.dumps(list(messages))),
-            bos_token=bos_token,
-            eos_token=eos_token,
-            add_generation_prompt=add_generation_prompt,
-            **names,
+        return _rendered(
+            _compiled(template),
+            {
+                "messages": json.loads(json.dumps(list(messages))),
+                "bos_token": bos_token,
+                "eos_token": eos_token,
+                "add_generation_prompt": add_generation_prompt,
+                **names,
+            },
         )
     except TemplateSyntaxError as error:
         raise _refusal(f"{error.message} (line {error.lineno})") from error
     except (TemplateError, *_TEMPLATE_FAULTS) as error:
         raise _refusal(str(error) or type(error).__name__) from error
+
+
+def _rendered(template: Template, names: dict[str, Any]) -> str:
+    from jinja2.exceptions import SecurityError
+
+    parts: list[str] = []
+    length = 0
+    with _watched(template.root_render_func.__code__.co_filename):
+        for part in template.generate(names):
+            length += len(part)
+            if length > MAX_CHARACTERS:
+                raise SecurityError(f"the prompt grows beyond {MAX_CHARACTERS} characters")
+            parts.append(part)
+    return "".join(parts)
+
+
+@contextmanager
+def _watched(template_file: str) -> Iterator[None]:
+    """Stop the template's code when it runs too long.
+
+    The sandbox bounds one range, not loops within loops; every loop passes a trace function.
+    """
+    from jinja2.exceptions import SecurityError
+
+    deadline_s, lines, before = time.monotonic() + MAX_S, 0, sys.gettrace()
+
+    def count(frame: FrameType, event: str, argument: object) -> Any:  # noqa: ANN401 - a trace function
+        nonlocal lines
+        lines += 1
+        if lines > MAX_LINES or time.monotonic() > deadline_s:
+            raise SecurityError("the template runs too long")
+        return count
+
+    def enter(frame: FrameType, event: str, argument: object) -> Any:  # noqa: ANN401 - a trace function
+        return count(frame, event, argument) if frame.f_code.co_filename == template_file else None
+
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _refusal(reason: str) -> InputError:
@@ -85,12 +142,11 @@ def _compiled(template: str) -> Template:
 def _environment() -> Environment:
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message: str) -> str:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment: Environment = _environment_class()(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_tag()]
     )
     environment.filters["tojson"] = _tojson
@@ -98,6 +154,34 @@ def _environment() -> Environment:
         raise_exception=raise_exception, strftime_now=_strftime_now, dict=_dict, namespace=_namespace_class()
     )
     return environment
+
+
+def _environment_class() -> type[Environment]:
+    """The sandbox, with bounds on the operators and methods that make a large value from a small one."""
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class BoundedEnvironment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401
+            if _size(operator, left, right) > MAX_REPEATED:
+                raise SecurityError(f"{operator} would make a value larger than {MAX_REPEATED}")
+            return super().call_binop(context, operator, left, right)
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:  # noqa: ANN401
+            return attr not in _PADDING and super().is_safe_attribute(obj, attr, value)
+
+    return BoundedEnvironment
+
+
+def _size(operator: str, left: Any, right: Any) -> int:  # noqa: ANN401 - any values of a template
+    """Items, or bits, that `left operator right` makes."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * abs(right) if operator == "**" else 0
+    lengths = [len(value) for value in (left, right) if isinstance(value, str | list | tuple)]
+    times = [value for value in (left, right) if isinstance(value, int)]
+    return lengths[0] * times[0] if lengths and times else 0
 
 
 def _tojson(
@@ -108,9 +192,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes <, > and & for HTML
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _strftime_now(form: str) -> str:
@@ -140,7 +222,7 @@ def _generation_tag() -> type:
 
 def _namespace_class() -> type:
     """`namespace()` that stores no underscore names: Jinja's accepts any."""
-    from jinja2.sandbox import SecurityError
+    from jinja2.exceptions import SecurityError
     from jinja2.utils import Namespace
 
     def check(name: str) -> None:

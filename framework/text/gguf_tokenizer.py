@@ -1,7 +1,7 @@
 """A tokenizer.json (the `tokenizers` library's format) from the metadata of a GGUF file.
 
-Models: gpt2 (byte-level BPE), llama (sentencepiece BPE with byte fallback), gemma and gemma4. Split regexes as in
-llama.cpp's llama-vocab.cpp; merges and prefix rules as transformers' converter has them.
+Models: gpt2 (byte-level BPE), llama (sentencepiece BPE with byte fallback), gemma and gemma4. Split regexes
+as in llama.cpp's llama-vocab.cpp; merges and prefix rules as transformers' converter has them.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def _build(metadata: Mapping[str, Any], model: str, tokens: list[str], where: st
                 f"the tokenizer kind {model!r} is not supported",
                 f"{where} tokenizer.ggml.model",
                 "gpt2, llama and gemma4 are",
+                "use the safetensors checkpoint of the model with its tokenizer.json",
             )
         )
     architecture = str(metadata.get("general.architecture", ""))
@@ -129,13 +130,9 @@ def _build(metadata: Mapping[str, Any], model: str, tokens: list[str], where: st
         pairs = _merges_from_scores(tokens, ranks)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     if not 0 <= unknown < len(tokens):
-        raise _unreadable(
-            where, f"tokenizer.ggml.unknown_token_id is {unknown}, there are {len(tokens)} tokens"
-        )
+        raise _unreadable(where, f"tokenizer.ggml.unknown_token_id is {unknown}, there are {len(tokens)} tokens")
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True)) and not gemma
-    return _sentencepiece(
-        tokens, pairs, tokens[unknown], prefix=prefix, gemma=gemma, legacy=architecture == "phi3"
-    )
+    return _sentencepiece(tokens, pairs, tokens[unknown], prefix=prefix, gemma=gemma, legacy=architecture == "phi3")
 
 
 def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> dict[str, Any]:
@@ -161,7 +158,7 @@ def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> d
 def _sentencepiece(
     tokens: list[str], merges: list[Any], unknown: str, *, prefix: bool, gemma: bool, legacy: bool
 ) -> dict[str, Any]:
-    """Sentencepiece BPE. `prefix`: the text gets a leading space; `legacy`: by a normalizer, before any split."""
+    """Sentencepiece BPE. `prefix`: a text gets a leading space; `legacy`: by a normalizer, before a split."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     normalizer: dict[str, Any] | None = replace if gemma else None
     before: dict[str, Any] | None = None
@@ -205,7 +202,7 @@ def _tokenizer_json(**parts: Any) -> dict[str, Any]:  # noqa: ANN401
 def _merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
     """All pairs of tokens that make a token, best score first.
 
-    Equal scores: longer left part first, then the order of the vocabulary, as transformers' converter sorts them.
+    Equal scores: longer left part first, then the vocabulary's order, as transformers' converter sorts them.
     """
     ids = {token: i for i, token in enumerate(tokens)}
     found = []

@@ -15,9 +15,7 @@ _QWEN35 = (
 _LOWER_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 _UPPER_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 _TEKKEN = f"{_LOWER_WORD}|{_UPPER_WORD}" + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES
-_GPT4O = (
-    f"{_LOWER_WORD}{_CLITICS}?|{_UPPER_WORD}{_CLITICS}?" + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES
-)
+_GPT4O = f"{_LOWER_WORD}{_CLITICS}?|{_UPPER_WORD}{_CLITICS}?" + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES
 _CJK = "[一-龥\u0800-一가-\ud7ff]+"
 # the letters of all cased scripts that DeepSeek's tokenizer lists one by one
 _CASED = (
@@ -33,7 +31,8 @@ _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    + r"| ?[\p{P}\p{S}]+[\r\n]*"
     + _SPACES,
 )
 _DIGITS = (r"\p{N}", _GPT2)
@@ -78,10 +77,9 @@ NFC = frozenset({"qwen2", "qwen35"})
 
 
 def pre_tokenizer(regexes: tuple[str, ...]) -> dict[str, Any]:
-    """Return the `pre_tokenizer` of a tokenizer.json: the splits one after the other, then bytes as characters."""
+    """Return the `pre_tokenizer` of a tokenizer.json: all splits in turn, then bytes as characters."""
     splits: list[dict[str, Any]] = [
-        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-        for regex in regexes
+        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in regexes
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {"type": "Sequence", "pretokenizers": [*splits, byte_level]}

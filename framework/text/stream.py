@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"  # what a decode shows for an incomplete or invalid UTF-8 sequence
-_MAX_PENDING_TOKENS = (
-    8  # a character has at most 4 bytes: tokens beyond this are invalid bytes, not a part of one
-)
+_MAX_PENDING_TOKENS = 8  # a character has at most 4 bytes: tokens beyond this are invalid bytes, not a part of one
 _CONTEXT_TOKENS = 4
 
 
@@ -23,8 +21,8 @@ class Decoder(Protocol):
 class TextStream:
     """Turns token ids into text, one by one.
 
-    Every decode sees the tokens not yet shown and those of the last piece (a sentencepiece token's leading space
-    depends on what stands before it), so a push costs the same at any length.
+    Every decode sees the tokens not yet shown and those of the last piece (a sentencepiece token's leading
+    space depends on what stands before it), so a push costs the same at any length.
     """
 
     def __init__(self, tokenizer: Decoder, context_ids: Sequence[int] = ()) -> None:

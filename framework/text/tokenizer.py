@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Tokenizer:
     """A model's tokenizer and the special tokens that go with it.
 
-    `bos_token` and `eos_token` are "" where the model has none. `stop_ids` end a generation. `add_bos` and `add_eos`
-    None: the tokenizer's own post-processor decides.
+    `bos_token` and `eos_token` are "" where the model has none. `stop_ids` end a generation. `add_bos` and
+    `add_eos` None: the tokenizer's own post-processor decides.
     """
 
     backend: tokenizers.Tokenizer
@@ -45,12 +45,14 @@ class Tokenizer:
         if self.add_bos is None and self.add_eos is None:
             return list(self.backend.encode(text, add_special_tokens=add_special).ids)
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        before = [self.backend.token_to_id(self.bos_token)] if add_special and self.add_bos else []
-        after = [self.backend.token_to_id(self.eos_token)] if add_special and self.add_eos else []
+        if not add_special:
+            return ids
+        ends = [(self.bos_token, self.add_bos), (self.eos_token, self.add_eos)]
+        before, after = ([] if not add else _ids(self.backend.token_to_id(token)) for token, add in ends)
         return [*before, *ids, *after]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Return the text of ids, without special tokens if `skip_special`. Ids the tokenizer lacks give nothing."""
+        """Return the text of ids, without special tokens if `skip_special`. Unknown ids give nothing."""
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
 
     def to_json(self) -> str:
@@ -63,9 +65,7 @@ class Tokenizer:
         """Return the tokenizer of `to_json`."""
         data = json.loads(text)
         fields = {name: data[name] for name in _FIELDS}
-        return cls(
-            _backend(data["tokenizer"], "to_json()"), **{**fields, "stop_ids": tuple(fields["stop_ids"])}
-        )
+        return cls(_backend(data["tokenizer"], "to_json()"), **{**fields, "stop_ids": tuple(fields["stop_ids"])})
 
 
 _FIELDS = ("bos_token", "eos_token", "stop_ids", "chat_template", "add_bos", "add_eos")
@@ -108,9 +108,7 @@ def _from_folder(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     _add_declared(backend, settings.get("added_tokens_decoder") or {})
     bos_token, eos_token = _content(settings.get("bos_token")), _content(settings.get("eos_token"))
     # what the settings call special is special, even where tokenizer.json does not list it
-    backend.add_special_tokens(
-        [t for t in (bos_token, eos_token) if t and backend.token_to_id(t) is not None]
-    )
+    backend.add_special_tokens([t for t in (bos_token, eos_token) if t and backend.token_to_id(t) is not None])
     generation = _read_json(folder / "generation_config.json")
     stops = {*_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id"))}
     if eos_token and (eos_id := backend.token_to_id(eos_token)) is not None:
@@ -128,9 +126,7 @@ def _from_folder(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
 
 
 def _missing(folder: Path) -> InputError:
-    others = [
-        name for name in ("tokenizer.model", "vocab.json", "tiktoken.model") if (folder / name).is_file()
-    ]
+    others = [name for name in ("tokenizer.model", "vocab.json", "tiktoken.model") if (folder / name).is_file()]
     return InputError(
         Problem(
             "tokenizer-missing",
@@ -138,7 +134,8 @@ def _missing(folder: Path) -> InputError:
             str(folder),
             f"it has {' and '.join(others)} only" if others else "",
             "copy tokenizer.json and tokenizer_config.json of the original model there   or, once:   "
-            "python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('MODEL').save_pretrained('.')\"",
+            'python -c "from transformers import AutoTokenizer as A; '
+            "A.from_pretrained('MODEL').save_pretrained('.')\"",
         )
     )
 
@@ -150,9 +147,7 @@ def _backend(text: str, where: str) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:
         raise InputError(
-            Problem(
-                "tokenizer-unreadable", "the tokenizer cannot be read", where, str(error), "copy it again"
-            )
+            Problem("tokenizer-unreadable", "the tokenizer cannot be read", where, str(error), "copy it again")
         ) from error
     # files saved after training may cut or pad every text
     backend.no_truncation()
@@ -167,12 +162,8 @@ def _add_declared(backend: tokenizers.Tokenizer, declared: Mapping[str, Any]) ->
     for i, entry in sorted((int(i), entry) for i, entry in declared.items()):
         if backend.id_to_token(i) is not None or i != backend.get_vocab_size(with_added_tokens=True):
             continue
-        flags = {
-            name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized")
-        }
-        backend.add_tokens(
-            [tokenizers.AddedToken(entry["content"], special=bool(entry.get("special")), **flags)]
-        )
+        flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+        backend.add_tokens([tokenizers.AddedToken(entry["content"], special=bool(entry.get("special")), **flags)])
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -221,4 +212,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise InputError(
             Problem("tokenizer-unreadable", "a file is not JSON", str(path), str(error), "copy it again")
         ) from error
-    return data if isinstance(data, dict) else {}
+    if not isinstance(data, dict):
+        raise InputError(Problem("tokenizer-unreadable", "a file holds no JSON object", str(path), fix="copy it again"))
+    return data

@@ -143,9 +143,7 @@ def test_leaving_the_loop_early_gives_the_pages_back(model, expected):
     for _ in range(3):
         next(running.generate([Request(0, prompt(200), SamplingParams(max_new_tokens=100))]))
     events = [e for step in running.generate(requests(LENGTHS[:5])) for e in step]
-    assert {e.index: e.token_ids for e in events if isinstance(e, Finished)} == {
-        i: expected[i] for i in range(5)
-    }
+    assert {e.index: e.token_ids for e in events if isinstance(e, Finished)} == {i: expected[i] for i in range(5)}
 
 
 def test_the_context_ends_an_answer_with_reason_length(model):
