@@ -14,10 +14,32 @@ import multiprocessing as mp
 import os
 import statistics
 import time
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
 
-PROMPT = [1, 4093, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2]
+PROMPT = [
+    1,
+    4093,
+    198,
+    2683,
+    359,
+    253,
+    5356,
+    5646,
+    11173,
+    3365,
+    3511,
+    308,
+    34519,
+    28,
+    7018,
+    411,
+    407,
+    19712,
+    8182,
+    2,
+]
 PREFILL_TOKENS = 512
 
 
@@ -106,7 +128,7 @@ ENGINES = {"ours": ours, "transformers": hf, "llama.cpp": llama_cpp}
 
 
 def _median_step(stamps: list[float]) -> float:
-    steps = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(stamps)]
     return statistics.median(steps) if steps else 0.0
 
 

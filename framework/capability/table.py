@@ -72,6 +72,6 @@ def read_table(folder: Path, name: str) -> Table:
             )
         )
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    data = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506
+    data = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     rows = [Row(**{"diffusion": None, "note": "", "origin": "table", **row}) for row in data["rows"]]
     return Table(name, {row.row: row for row in rows})

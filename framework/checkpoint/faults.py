@@ -79,9 +79,7 @@ def check_ranges(path: Path, infos: Sequence[TensorInfo], start: int, size: int)
     end, before = start, ""
     for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
         if info.offset + info.nbytes > size:
-            raise truncated(
-                path, f"{info.name} ends at byte {info.offset + info.nbytes}, the file has {size}"
-            )
+            raise truncated(path, f"{info.name} ends at byte {info.offset + info.nbytes}, the file has {size}")
         if info.offset < end:
             raise malformed(path, f"{info.name} overlaps {before or 'the header'}")
         end, before = info.offset + info.nbytes, info.name

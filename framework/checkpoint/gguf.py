@@ -85,7 +85,7 @@ class Strings(Sequence[str]):
         return self._decoded
 
 
-class _NeedMore(Exception):  # noqa: N818 - a signal, not an error
+class _NeedMore(Exception):
     """The header goes on beyond the bytes that were read ahead."""
 
 
@@ -108,9 +108,7 @@ class _Cursor:
         if nbytes < 0 or start + nbytes > len(self.data):
             if start + nbytes <= self.size:
                 raise _NeedMore
-            raise truncated(
-                self.path, f"the header needs {nbytes} bytes at {start}, the file has {self.size}"
-            )
+            raise truncated(self.path, f"the header needs {nbytes} bytes at {start}, the file has {self.size}")
         self.position = start + nbytes
         return start
 
@@ -168,9 +166,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], list[TensorInfo]]:
     tensor_count, pair_count = cursor.scalar("<Q"), cursor.scalar("<Q")
     # the smallest pair takes 13 bytes, the smallest tensor entry 33
     if pair_count * 13 + tensor_count * 33 > cursor.size:
-        raise truncated(
-            path, f"{tensor_count} tensors and {pair_count} keys do not fit a file of {cursor.size} bytes"
-        )
+        raise truncated(path, f"{tensor_count} tensors and {pair_count} keys do not fit a file of {cursor.size} bytes")
     if tensor_count > _MAX_TENSORS or pair_count > _MAX_KEYS:
         limits = f"the limits are {_MAX_TENSORS} and {_MAX_KEYS}"
         raise malformed(path, f"{tensor_count} tensors and {pair_count} keys are not read", limits)
@@ -257,9 +253,7 @@ def _info(cursor: _Cursor, entry: tuple[str, tuple[int, ...], int, int], start: 
         return TensorInfo(name, cursor.path, start + offset, 0, f"type {number}", shape)
     kind, block, nbytes = known
     if shape[-1] % block:
-        raise malformed(
-            cursor.path, f"{name}: rows of {shape[-1]} values are no multiple of a {kind} block of {block}"
-        )
+        raise malformed(cursor.path, f"{name}: rows of {shape[-1]} values are no multiple of a {kind} block of {block}")
     return TensorInfo(name, cursor.path, start + offset, elements // block * nbytes, kind, shape)
 
 
@@ -281,8 +275,7 @@ def read_index(path: Path) -> Index:
     if not 1 <= int(match.group(2)) <= count:
         raise malformed(path, f"its name says part {int(match.group(2))} of {count}")
     parts = [
-        path.with_name(f"{match.group(1)}-{number:05d}-of-{match.group(3)}.gguf")
-        for number in range(1, count + 1)
+        path.with_name(f"{match.group(1)}-{number:05d}-of-{match.group(3)}.gguf") for number in range(1, count + 1)
     ]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:

@@ -39,9 +39,7 @@ class Ledger:
     problems: tuple[Problem, ...]
 
 
-def settle(
-    index: Index, expected: Mapping[str, Iterable[Expected]], ignorable: Callable[[str], str | None]
-) -> Ledger:
+def settle(index: Index, expected: Mapping[str, Iterable[Expected]], ignorable: Callable[[str], str | None]) -> Ledger:
     """Settle the account of a checkpoint.
 
     Args:

@@ -31,9 +31,7 @@ def read_header(path: Path) -> tuple[dict[str, str], list[TensorInfo]]:
         size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise truncated(
-                path, f"the header takes {length} bytes, the file has {max(size - 8, 0)} after its length"
-            )
+            raise truncated(path, f"the header takes {length} bytes, the file has {max(size - 8, 0)} after its length")
         if length > _MAX_HEADER_BYTES:
             raise malformed(path, f"a header of {length} bytes is not read", "the limit is 100 MB")
         header = _json(path, file.read(length))

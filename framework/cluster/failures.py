@@ -25,7 +25,7 @@ _COLLECTIVE = (
 )
 
 
-class PeerLost(RuntimeError):  # noqa: N818 -- the field's name for it
+class PeerLost(RuntimeError):
     """A rank that others waited for ended, or did not answer in time.
 
     Lives here and not beside the collectives, so that a driver without torch can receive it.

@@ -167,9 +167,7 @@ def _join_distributed(
         options._timeout = timeout
     if dist.is_initialized():
         dist.destroy_process_group()
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timeout, pg_options=options
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, pg_options=options)
     group = DistributedGroup(rank, size, backend)
     group.broadcast(torch.zeros(1, device=group.device))  # connect now, not within the first token
     return group

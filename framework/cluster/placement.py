@@ -137,16 +137,12 @@ def _address(asked: str) -> str:
     if address == "auto":
         found = find_bootstrap_address(None)
         if not found:
-            raise Refused(
-                _no_ray("auto", "RAY_ADDRESS is not set, and no `ray start` was recorded on this host")
-            )
+            raise Refused(_no_ray("auto", "RAY_ADDRESS is not set, and no `ray start` was recorded on this host"))
         address = str(found)
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         why = f"{address} is not of the form HOST:PORT (the port of `ray start --head`, usually 6379)"
-        raise InputError(
-            Problem("unknown-value", "the cluster's address is not readable", "cluster.address", why)
-        )
+        raise InputError(Problem("unknown-value", "the cluster's address is not readable", "cluster.address", why))
     return address
 
 
@@ -229,9 +225,7 @@ def _no_place(
         total += has
         free = free_of.get(node["NodeID"], {}).get(unit, 0.0)
         said = f"{free:g} of {has:g} {unit} free" if has else f"no {unit} registered"
-        lines.append(
-            f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node['NodeID'][:6]}): {said}"
-        )
+        lines.append(f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node['NodeID'][:6]}): {said}")
     state = placement_group_table(group).get("stats", {}).get("scheduling_state", "")
     never = "; no node can ever give this" if state == "INFEASIBLE" else ""
     asked = f"asked {ranks} x {wanted[unit]:g} {unit}, {options.strategy}{never}"

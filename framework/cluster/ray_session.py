@@ -225,9 +225,7 @@ class RaySession:
 
         if self._cluster.owned or (info.host == platform.node() and Path(info.log_path).is_file()):
             return _remains(info.log_path, self._oom_kills)
-        node = next(
-            (n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == info.address), None
-        )
+        node = next((n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == info.address), None)
         if node is None:
             return Remains([], None, False)
         task = ray.remote(_remains).options(

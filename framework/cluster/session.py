@@ -81,9 +81,7 @@ def open_session(
     else:
         from framework.cluster.ray_session import RaySession
 
-        session = RaySession.start(
-            options, plan.tp_size, plan.runtime.device, plan.runtime.threads, loader, log_dir
-        )
+        session = RaySession.start(options, plan.tp_size, plan.runtime.device, plan.runtime.threads, loader, log_dir)
     try:
         yield session
     finally:
@@ -107,9 +105,7 @@ class InProcess:
     ) -> None:
         """See Session."""
         self._rank.join(1)
-        self._rank.load(
-            loader or self._loader, plan, tokenizer_json, on_progress or (lambda done, total: None)
-        )
+        self._rank.load(loader or self._loader, plan, tokenizer_json, on_progress or (lambda done, total: None))
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:  # noqa: ANN401
         """See Session."""

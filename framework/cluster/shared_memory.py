@@ -43,11 +43,7 @@ _ALREADY_SUMMED_IN_OWN_DTYPE = (torch.float32, torch.float64, torch.int64, torch
 
 def supported() -> bool:
     """Return whether this machine orders stores and offers what the segment needs."""
-    return (
-        platform.machine() in ("x86_64", "AMD64")
-        and hasattr(os, "memfd_create")
-        and Path("/proc/self/fd").is_dir()
-    )
+    return platform.machine() in ("x86_64", "AMD64") and hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir()
 
 
 def host_identity() -> str:
@@ -114,9 +110,7 @@ class SharedMemoryGroup:
         PeerLost: a peer's process ended, or did not reach this collective within `timeout_s`.
     """
 
-    def __init__(
-        self, segment: Segment, rank: int, members: Sequence[Process], timeout_s: float = 600.0
-    ) -> None:
+    def __init__(self, segment: Segment, rank: int, members: Sequence[Process], timeout_s: float = 600.0) -> None:
         self.rank, self.size = rank, segment.size
         self._segment, self._members, self._timeout_s = segment, tuple(members), timeout_s
         self._lines = memoryview(segment.map).cast("q")
@@ -124,9 +118,7 @@ class SharedMemoryGroup:
         self._peers = tuple(_line(r) for r in range(self.size) if r != rank)
         self._step = 0
         self._views: dict[tuple[int, int, tuple[int, ...], torch.dtype], Tensor] = {}
-        self._prepared: dict[
-            tuple[torch.Size, torch.dtype], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-        ] = {}
+        self._prepared: dict[tuple[torch.Size, torch.dtype], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum over ranks, in new memory (or in `x` where that is larger than a slot)."""

@@ -96,13 +96,9 @@ def modules(spec: DecoderSpec) -> Iterator[Module]:
         layer = f"model.layers.{i}"
         attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         yield norm(f"{layer}.input_layernorm")
-        yield Module(
-            f"{attn}.q_proj", Kind.LINEAR, (q_rows, hidden), Split.COLUMN, "q_heads", dim, spec.qkv_bias
-        )
+        yield Module(f"{attn}.q_proj", Kind.LINEAR, (q_rows, hidden), Split.COLUMN, "q_heads", dim, spec.qkv_bias)
         for name in ("k_proj", "v_proj"):
-            yield Module(
-                f"{attn}.{name}", Kind.LINEAR, (kv_rows, hidden), Split.COLUMN, "kv_heads", dim, spec.qkv_bias
-            )
+            yield Module(f"{attn}.{name}", Kind.LINEAR, (kv_rows, hidden), Split.COLUMN, "kv_heads", dim, spec.qkv_bias)
         if spec.qk_norm:
             yield norm(f"{attn}.q_norm", dim)
             yield norm(f"{attn}.k_norm", dim)

@@ -158,7 +158,9 @@ def _gemma3(architecture: str, config: Config) -> DecoderSpec:
     layers, window = common["layers"], text.get("sliding_window", 4096)
     types = text.get("layer_types")
     pattern = int(text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or 6)
-    local = [kind == "sliding_attention" for kind in types] if types else [bool((i + 1) % pattern) for i in range(layers)]
+    local = (
+        [kind == "sliding_attention" for kind in types] if types else [bool((i + 1) % pattern) for i in range(layers)]
+    )
     given = text.get("rope_parameters") or {}
     if "full_attention" in given:
         rope, rope_local = rope_of(text, given["full_attention"]), rope_of(text, given["sliding_attention"])

@@ -68,9 +68,7 @@ def config_of(index: Index) -> dict[str, Any]:
     tensors = index.tensors
     layers = int(key("block_count"))
     heads = _same_in_all_layers(index, f"{arch}.attention.head_count", key("attention.head_count"))
-    kv_heads = _same_in_all_layers(
-        index, f"{arch}.attention.head_count_kv", key("attention.head_count_kv", heads)
-    )
+    kv_heads = _same_in_all_layers(index, f"{arch}.attention.head_count_kv", key("attention.head_count_kv", heads))
     hidden = int(key("embedding_length"))
     head_dim = int(key("attention.key_length", hidden // heads))
     windowed = f"{arch}.attention.sliding_window" in meta  # Mistral is converted as llama
@@ -139,7 +137,12 @@ def _vocab(index: Index) -> int:
     embedding = index.tensors.get("token_embd.weight")
     if embedding is None:
         raise Refused(
-            Problem("tensor-missing", "the GGUF has no token_embd.weight", str(index.root), "every decoder needs one")
+            Problem(
+                "tensor-missing",
+                "the GGUF has no token_embd.weight",
+                str(index.root),
+                "every decoder needs one",
+            )
         )
     return embedding.shape[0]
 

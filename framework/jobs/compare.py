@@ -21,7 +21,15 @@ def compare(ours: Array, reference: Array) -> dict[str, float | int]:
     a, b = ours.astype(np.float64), reference.astype(np.float64)
     if not np.isfinite(a).all():
         inf = float("inf")
-        return {"tokens": len(b), "max_abs": inf, "mean_abs": inf, "rel_l2": inf, "cosine": 0.0, "kl": inf, "top1": 0.0}
+        return {
+            "tokens": len(b),
+            "max_abs": inf,
+            "mean_abs": inf,
+            "rel_l2": inf,
+            "cosine": 0.0,
+            "kl": inf,
+            "top1": 0.0,
+        }
     difference = np.abs(a - b)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     log_p, log_q = _log_softmax(b), _log_softmax(a)

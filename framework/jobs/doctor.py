@@ -59,7 +59,12 @@ def _child(code: str) -> tuple[int, str]:
     env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_LIMIT_S, env=env, check=False
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_LIMIT_S,
+            env=env,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return 1, f"no answer within {IMPORT_LIMIT_S} s"
@@ -75,7 +80,15 @@ def _torch() -> list[Finding]:
         return [Finding("torch", "does not import", "no", said, "pip install --force-reinstall torch==2.13.0")]
     version, _, vectors = said.partition(" ")
     if not version.startswith("2.13."):
-        return [Finding("torch", version, "no", "this release is built and tested on 2.13", "pip install torch==2.13.0")]
+        return [
+            Finding(
+                "torch",
+                version,
+                "no",
+                "this release is built and tested on 2.13",
+                "pip install torch==2.13.0",
+            )
+        ]
     return [Finding("torch", version, "ok", f"cpu vectors {vectors.lower()}")]
 
 
@@ -102,7 +115,13 @@ def _npu() -> list[Finding]:
     cann = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
     if cann or nodes:
         findings.append(
-            Finding("cann", cann or "no environment", "ok" if cann else "no", "", "" if cann else "source set_env.sh")
+            Finding(
+                "cann",
+                cann or "no environment",
+                "ok" if cann else "no",
+                "",
+                "" if cann else "source set_env.sh",
+            )
         )
     if nodes:
         missing = [name for name in CONTAINER_NODES if not Path("/dev", name).exists()]

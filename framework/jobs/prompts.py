@@ -44,9 +44,7 @@ def read_prompts(recipe: Recipe, tokenizer: Tokenizer, context: int) -> list[Pro
     chat = chosen["chat"]
     as_chat = tokenizer.chat_template is not None if chat == "auto" else str(chat).lower() == "true"
     if as_chat and tokenizer.chat_template is None:
-        raise InputError(
-            Problem("chat-template", "the model has no chat template", "job.chat", fix="job.chat=false")
-        )
+        raise InputError(Problem("chat-template", "the model has no chat template", "job.chat", fix="job.chat=false"))
     prompts = [_encode(entry, tokenizer, as_chat) for entry in given]
     room = context - 1
     too_long = [
@@ -66,7 +64,7 @@ def read_prompts(recipe: Recipe, tokenizer: Tokenizer, context: int) -> list[Pro
     return prompts
 
 
-def _encode(entry: str | list[dict[str, Any]], tokenizer: Tokenizer, as_chat: bool) -> Prompt:  # noqa: FBT001
+def _encode(entry: str | list[dict[str, Any]], tokenizer: Tokenizer, as_chat: bool) -> Prompt:
     if isinstance(entry, str) and not as_chat:
         return Prompt(entry, tokenizer.encode(entry, add_special=True))
     messages = [{"role": "user", "content": entry}] if isinstance(entry, str) else entry
@@ -82,7 +80,12 @@ def _from_file(path: Path) -> list[str | list[dict[str, Any]]]:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            Problem("prompt-file", f"the prompt file cannot be read: {error}", str(path), fix="job.prompt_file=FILE")
+            Problem(
+                "prompt-file",
+                f"the prompt file cannot be read: {error}",
+                str(path),
+                fix="job.prompt_file=FILE",
+            )
         ) from error
     if path.suffix != ".jsonl":
         return list(lines)

@@ -32,7 +32,9 @@ def read_reference(path: Path, logits_key: str | None) -> list[Reference]:
         InputError: `reference-file`, `reference-key`.
     """
     if not path.is_file():
-        raise InputError(Problem("reference-file", "the reference is not there", str(path), fix="job.reference=FILE.npz"))
+        raise InputError(
+            Problem("reference-file", "the reference is not there", str(path), fix="job.reference=FILE.npz")
+        )
     arrays = _npz(path) if path.suffix == ".npz" else _safetensors(path)
     found = ((re.fullmatch(r"prompt(\d+)\.input_ids|input_ids_(\d+)", name), name) for name in arrays)
     prompts = {int(match[1] or match[2]): name for match, name in found if match}
@@ -48,7 +50,8 @@ def _logits(path: Path, arrays: dict[str, Any], k: int, key: str | None, tokens:
     held = {
         name.removeprefix(f"prompt{k}.") if name.startswith("prompt") else "logits": name
         for name, array in arrays.items()
-        if (name.startswith(f"prompt{k}.logits") or name == f"logits_{k}") and array.ndim == 2
+        if (name.startswith(f"prompt{k}.logits") or name == f"logits_{k}")
+        and array.ndim == 2
         and array.shape[0] == tokens
     }
     chosen = key if key in held else None if key else next((name for name in PREFERRED if name in held), None)
@@ -67,7 +70,12 @@ def _npz(path: Path) -> dict[str, Any]:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(
-            Problem("reference-file", f"the reference cannot be read: {error}", str(path), "only plain arrays are read")
+            Problem(
+                "reference-file",
+                f"the reference cannot be read: {error}",
+                str(path),
+                "only plain arrays are read",
+            )
         ) from error
 
 

@@ -17,7 +17,17 @@ from framework.planning.plan import Plan
 from framework.recipe.schema import Recipe
 from framework.recipe.secrets import mask_secrets
 
-PACKAGES = ("npu-launch", "torch", "torch_npu", "ray", "hydra-core", "omegaconf", "tokenizers", "transformers", "gguf")
+PACKAGES = (
+    "npu-launch",
+    "torch",
+    "torch_npu",
+    "ray",
+    "hydra-core",
+    "omegaconf",
+    "tokenizers",
+    "transformers",
+    "gguf",
+)
 
 
 class RunDirectory:

@@ -46,9 +46,7 @@ def run(recipe: Recipe) -> int:
     if tolerance is None:
         scale = largest if chosen["metric"] == "max_abs" else 1.0
         tolerance = DEFAULT_TOLERANCE.get(recipe.runtime.dtype, 5e-2) * scale
-    ok = [
-        p[chosen["metric"]] <= float(tolerance) and p["top1"] >= float(chosen["min_top1"]) for p in prompts
-    ]
+    ok = [p[chosen["metric"]] <= float(tolerance) and p["top1"] >= float(chosen["min_top1"]) for p in prompts]
     document: dict[str, Any] = {
         "ok": all(ok),
         "metric": chosen["metric"],

@@ -57,6 +57,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norms if norms else (None, None)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.q_size, self.kv_size = heads * head_dim, kv_heads * head_dim
+        self.rotated = heads + kv_heads
         self.scale = scale
         self.window = window
         self.local_rotary = local_rotary
@@ -64,24 +65,34 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, Tensor]) -> Tensor:
         """[T, H] -> [T, H]; writes this step's keys and values into `cache` ([pages, 128, kv_heads, D] each)."""
         tokens = x.shape[0]
-        qkv = self.qkv_proj(x)
-        q, k, v = qkv.split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        q, k = q.view(1, tokens, self.heads, self.head_dim), k.view(1, tokens, self.kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        heads = self.qkv_proj(x).view(1, tokens, -1, self.head_dim)
         cos, sin = step.rotary_local if self.local_rotary else step.rotary
-        q, k = ops.npu_rotary_mul(q, cos, sin)[0], ops.npu_rotary_mul(k, cos, sin)[0]
+        if self.q_norm is None or self.k_norm is None:
+            rotated = ops.npu_rotary_mul(heads[:, :, : self.rotated], cos, sin)[0]
+            q, k = rotated[:, : self.heads], rotated[:, self.heads :]
+        else:
+            q = ops.npu_rotary_mul(self.q_norm(heads[:, :, : self.heads]), cos, sin)[0]
+            k = ops.npu_rotary_mul(self.k_norm(heads[:, :, self.heads : self.rotated]), cos, sin)[0]
+        v = heads[0, :, self.rotated :]
         keys, values = cache
-        ops._npu_reshape_and_cache(k, v.view(tokens, self.kv_heads, self.head_dim), keys, values, step.slots)
+        ops._npu_reshape_and_cache(k, v, keys, values, step.slots)
         attended = self._attend(q, keys, values, step)
-        return self.o_proj(attended.view(tokens, self.q_size))
+        return self.o_proj(attended.reshape(tokens, self.q_size))
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
         windowed = self.window is not None and step.longest > self.window
         if step.is_decode and not windowed:
             out = torch.empty_like(q)
             ops._npu_paged_attention(
-                q, keys, values, self.kv_heads, self.heads, self.scale, step.block_table, step.context_tensor, out
+                q,
+                keys,
+                values,
+                self.kv_heads,
+                self.heads,
+                self.scale,
+                step.block_table,
+                step.context_tensor,
+                out,
             )
             return out
         pages = keys.shape[0]

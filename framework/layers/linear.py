@@ -26,8 +26,8 @@ class ParallelLinear(nn.Module):
     `parts` are matmuls over the same input whose outputs are concatenated (equal schemes come fused as one part).
     COLUMN and VOCAB: every rank makes its own features. ROW: partial sums are added over the ranks. ROWS_GATHER:
     inputs are gathered, every rank makes some rows, outputs are gathered. The bias is added once, after the
-    reduction. `in_sizes`, `out_sizes`: every rank's share of K and N, for the gathers. `names`, `widths`: the modules that the layer computes and
-    their share of its output on this rank.
+    reduction. `in_sizes`, `out_sizes`: every rank's share of K and N, for the gathers. `names`, `widths`:
+    the modules that the layer computes and their share of its output on this rank.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from framework import ops
@@ -22,5 +21,5 @@ class GatedMLP(nn.Module):
         gate_up = self.gate_up_proj(x)
         if self.activation == "silu":
             return self.down_proj(ops.npu_swiglu(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down_proj(torch.nn.functional.gelu(gate, approximate="tanh") * up)
+        tanh, gate_first = 1, True
+        return self.down_proj(ops.npu_geglu(gate_up, -1, tanh, gate_first)[0])

@@ -66,10 +66,16 @@ def _yarn_factor(rope: Rope) -> float:
 
 
 class RotaryTable:
-    """cos and sin for every position up to `context`, half-split layout, in the model's dtype."""
+    """cos and sin for every position up to `context`, half-split layout, in `dtype`."""
 
     def __init__(
-        self, rope: Rope, dim: int, context: int, dtype: torch.dtype, device: torch.device, divisors: Tensor | None
+        self,
+        rope: Rope,
+        dim: int,
+        context: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        divisors: Tensor | None,
     ) -> None:
         frequencies, factor = inverse_frequencies(rope, dim, divisors)
         angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from framework.ops.register import ensure_registered
 from framework.checkpoint.open import open_index
 from framework.checkpoint.reader import Reader
 from framework.engine.cache import KVCache
@@ -15,6 +14,7 @@ from framework.layers.group import Group
 from framework.loading.model import LoadedModel
 from framework.loading.weights import Progress, RankWeights
 from framework.models.decoder import Decoder
+from framework.ops.register import ensure_registered
 from framework.planning.plan import Plan
 
 
@@ -36,7 +36,7 @@ def load(plan: Plan, group: Group, progress: Progress) -> LoadedModel:
         plan.runtime.cache_pages,
         share.kv1 - share.kv0,
         plan.spec.head_dim,
-        weights.dtype,
+        getattr(torch, plan.runtime.cache_dtype),
         device,
     )
     return LoadedModel(plan, model, cache, group, weights.prepared_bytes)

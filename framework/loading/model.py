@@ -86,6 +86,3 @@ def _recorder(layer: ParallelLinear, outputs: dict[str, np.ndarray[Any, Any]]) -
             outputs[name] = np.concatenate([outputs[name], rows]) if name in outputs else rows.copy()
 
     return record
-
-
-

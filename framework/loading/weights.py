@@ -97,9 +97,7 @@ class RankWeights:
 
     def _decode(self, planned: PlannedModule) -> QuantTensor:
         rect = planned.shards[self.group.rank]
-        weight = self.decoder.decode(
-            planned.module, rect, planned.scheme, self.index, self.reader, dtype=self.dtype
-        )
+        weight = self.decoder.decode(planned.module, rect, planned.scheme, self.index, self.reader, dtype=self.dtype)
         self._done += rect.size
         self.progress(self._done, self._total)
         return weight
@@ -135,9 +133,7 @@ class RankWeights:
         return [k] * self.group.size
 
     def _axis_sizes(self, axis: str, unit: int) -> list[int]:
-        peer = next(
-            m for m in self.plan.modules if m.module.axis == axis and m.split in (Split.COLUMN, Split.VOCAB)
-        )
+        peer = next(m for m in self.plan.modules if m.module.axis == axis and m.split in (Split.COLUMN, Split.VOCAB))
         return [rect.shape[0] // peer.module.unit * unit for rect in peer.shards]
 
 

@@ -114,11 +114,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(spec, i, share, weights) for i in range(spec.layers))
         self.norm = RMSNorm(weights.vector("model.norm"), spec.norm_eps, plus_one=spec.norm_plus_one)
         self.lm_head = weights.linear("lm_head")
-        dim, dtype, device = spec.head_dim, weights.dtype, weights.device
+        dim, device = spec.head_dim, weights.device
+        # npu_rotary_mul wants tables of the input's dtype on an NPU; the CPU's takes exact ones
+        dtype = torch.float32 if device.type == "cpu" else weights.dtype
         self.rotary = RotaryTable(spec.rope, dim, context, dtype, device, weights.rope_divisors())
-        self.rotary_local = (
-            RotaryTable(spec.rope_local, dim, context, dtype, device, None) if spec.rope_local else None
-        )
+        self.rotary_local = RotaryTable(spec.rope_local, dim, context, dtype, device, None) if spec.rope_local else None
         # prefill: a fixed upper-triangular mask, True = excluded, which sparse modes 3 and 4 shift per sequence
         self.causal_mask = torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
 

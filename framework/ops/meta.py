@@ -35,9 +35,7 @@ def _swiglu(input: Tensor, dim: int = -1) -> Tensor:
     return _halved(input, dim)
 
 
-def _geglu(
-    input: Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False
-) -> tuple[Tensor, Tensor]:
+def _geglu(input: Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False) -> tuple[Tensor, Tensor]:
     return _halved(input, dim), _halved(input, dim)
 
 

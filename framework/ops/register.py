@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ Device = Literal["cpu", "npu"]
 
 # Registrations vanish with their Library object.
 _LIBRARIES: list[Any] = []
+_LOCK = threading.Lock()
 
 _CANN_LIBRARIES = ("libascendcl.so", "libhccl.so")
 
@@ -42,6 +44,11 @@ def ensure_registered(device: Device) -> None:
         RuntimeError: an NPU is asked for after the operators were defined for the CPU alone; torch_npu
             would abort the process (it registers the same names).
     """
+    with _LOCK:
+        _ensure_registered(device)
+
+
+def _ensure_registered(device: Device) -> None:
     if _LIBRARIES:
         if device == "npu" and "torch_npu" not in sys.modules:
             raise RuntimeError("ensure_registered('npu') must come before the first use of an operator")
@@ -81,9 +88,7 @@ def _register(*, define: bool) -> None:
     from framework.ops.cpu import KERNELS
 
     kind = "FRAGMENT" if define else "IMPL"
-    libraries = {
-        namespace: torch.library.Library(namespace, kind) for namespace in sorted(set(OPERATORS.values()))
-    }
+    libraries = {namespace: torch.library.Library(namespace, kind) for namespace in sorted(set(OPERATORS.values()))}
     for schema in SCHEMAS:
         name = qualified_name(schema)
         namespace, _, local_name = name.partition("::")

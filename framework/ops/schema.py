@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 SCHEMAS: tuple[str, ...] = (
-    (
-        "npu::npu_rms_norm(Tensor input, Tensor gamma, float epsilon=9.9999999999999995e-07) -> (Tensor, "
-        "Tensor)"
-    ),
+    ("npu::npu_rms_norm(Tensor input, Tensor gamma, float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor)"),
     (
         "npu::npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, "
         "float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor, Tensor)"
     ),
-    (
-        "npu::npu_gemma_rms_norm(Tensor input, Tensor gamma, "
-        "float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor)"
-    ),
-    (
-        'npu::npu_rotary_mul(Tensor input, Tensor r1, Tensor r2, str rotary_mode="half", '
-        "Tensor? rotate=None) -> Tensor"
-    ),
+    ("npu::npu_gemma_rms_norm(Tensor input, Tensor gamma, float epsilon=9.9999999999999995e-07) -> (Tensor, Tensor)"),
+    ('npu::npu_rotary_mul(Tensor input, Tensor r1, Tensor r2, str rotary_mode="half", Tensor? rotate=None) -> Tensor'),
     "npu::npu_swiglu(Tensor input, int dim=-1) -> Tensor",
-    (
-        "npu::npu_geglu(Tensor input, int dim=-1, int approximate=1, "
-        "bool activate_left=False) -> (Tensor, Tensor)"
-    ),
+    ("npu::npu_geglu(Tensor input, int dim=-1, int approximate=1, bool activate_left=False) -> (Tensor, Tensor)"),
     'npu::npu_gelu_mul(Tensor input, *, str approximate="none") -> Tensor',
     (
         "npu::npu_format_cast(Tensor input, int acl_format, *, int? customize_dtype=None, "

@@ -44,7 +44,9 @@ def assign(
         try:
             matchers.append((rule, compile_pattern(rule.pattern)))
         except re.error as error:
-            problems.append(Problem("pattern-syntax", f"{rule.pattern} is not a regular expression: {error}", rule.where))
+            problems.append(
+                Problem("pattern-syntax", f"{rule.pattern} is not a regular expression: {error}", rule.where)
+            )
     used: set[Rule] = set()
     assigned = []
     mismatches: dict[tuple[Rule, tuple[str, ...]], list[str]] = {}

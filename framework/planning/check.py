@@ -80,8 +80,7 @@ class Checked:
                 for use in self.rows
             ],
             "problems": [
-                {"code": p.code, "what": p.what, "where": p.where, "why": p.why, "fix": p.fix}
-                for p in self.problems
+                {"code": p.code, "what": p.what, "where": p.where, "why": p.why, "fix": p.fix} for p in self.problems
             ],
             "ledger": {
                 "consumed": len(self.ledger.consumed),
@@ -136,7 +135,11 @@ def describe_checkpoint(index: Index) -> DecoderSpec:
 def _rules(recipe: Recipe) -> list[Rule]:
     origin = recipe.origins
     return [
-        Rule(rule.pattern, rule.scheme, origin.get(f"quantization.layers[{i}]", origin.get("quantization.layers", "")))
+        Rule(
+            rule.pattern,
+            rule.scheme,
+            origin.get(f"quantization.layers[{i}]", origin.get("quantization.layers", "")),
+        )
         for i, rule in enumerate(recipe.quantization.layers)
     ]
 
@@ -160,15 +163,18 @@ def _judge_all(
         verdicts[scheme] = verdict.row
         uses.append(
             RowUse(
-                verdict.row, verdict.status, scheme, "linear", count,
-                rule.pattern if rule else "", rule.where if rule and rule.scheme != "auto" else "file",
-            )  # fmt: skip
+                verdict.row,
+                verdict.status,
+                scheme,
+                "linear",
+                count,
+                rule.pattern if rule else "",
+                rule.where if rule and rule.scheme != "auto" else "file",
+            )
         )
         if verdict.problem:
             problems.append(verdict.problem)
-    row_of = {
-        a.module.name: verdicts[a.scheme] if a.module.kind is Kind.LINEAR else None for a in assigned
-    }
+    row_of = {a.module.name: verdicts[a.scheme] if a.module.kind is Kind.LINEAR else None for a in assigned}
     return tuple(uses), row_of, problems
 
 

@@ -42,6 +42,7 @@ class RuntimePlan:
 
     device: str
     dtype: str
+    cache_dtype: str
     threads: int
     context: int
     max_batch: int

@@ -29,7 +29,7 @@ def roofline(plan: Plan, hardware: Hardware) -> dict[str, Any]:
             params += rect.size
         weights.append(read)
         touched.append(params)
-    kv = [kv_bytes_per_token(plan.spec, rank.heads, dtype) for rank in plan.ranks]
+    kv = [kv_bytes_per_token(plan.spec, rank.heads, plan.runtime.cache_dtype) for rank in plan.ranks]
     bandwidth = hardware.bandwidth_tb_s
     peak = hardware.peak_tflops.get("bf16")
     step_s = [w / (bandwidth * 1e12) if bandwidth else None for w in weights]

@@ -15,7 +15,11 @@ def bench_text(document: dict[str, Any], plan: dict[str, Any], facts: dict[str, 
         f"{facts['device']} {runtime['dtype']}, {runtime['threads']} threads a rank",
     )  # fmt: skip
     rows = [
-        ["time to first token", f"{document['ttft_s'] * 1e3:.0f} ms", f"{facts['prompt_tokens']} prompt tokens"],
+        [
+            "time to first token",
+            f"{document['ttft_s'] * 1e3:.0f} ms",
+            f"{facts['prompt_tokens']} prompt tokens",
+        ],
         ["prefill", f"{document['prefill_tok_s']:.0f} tok/s", ""],
         ["decode", f"{document['decode_tok_s']:.1f} tok/s", f"batch 1, {facts['new_tokens']} tokens"],
     ]

@@ -11,7 +11,10 @@ from framework.report.text import width
 def doctor_text(document: dict[str, Any], *, has_npu: bool) -> str:
     """Render the findings, each fix below its line."""
     broken = [f for f in document["findings"] if f["verdict"] == "no"]
-    lines = [f"doctor  {len(broken)} thing{'s' if len(broken) != 1 else ''} to fix" if broken else "doctor", ""]
+    lines = [
+        f"doctor  {len(broken)} thing{'s' if len(broken) != 1 else ''} to fix" if broken else "doctor",
+        "",
+    ]
     for finding in document["findings"]:
         text = finding["found"] + (f"   {finding['why']}" if finding["why"] else "")
         first, *rest = textwrap.wrap(text, width() - 18) or [""]

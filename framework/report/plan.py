@@ -12,7 +12,12 @@ def plan_text(document: dict[str, Any], facts: dict[str, Any]) -> str:
     """Render plan.json. `facts`: seconds, path (of plan.json, or empty)."""
     ranks, runtime, spec = document["ranks"], document["runtime"], document["spec"]
     lines = heading(
-        "plan", document["recipe"], document["tier"], document["tp_size"], document["format"], runtime["device"]
+        "plan",
+        document["recipe"],
+        document["tier"],
+        document["tp_size"],
+        document["format"],
+        runtime["device"],
     )
     lines += block("shards", columns(_shards(document), "llr"))
     lines += block("memory", _memory(ranks, spec))
@@ -82,7 +87,10 @@ def _bound(roofline: dict[str, Any]) -> list[str]:
             f"{roofline['decode_s_at_best'] * 1e3:.3f} ms at {roofline['bandwidth_tb_s']:.2f} TB/s, "
             f"{roofline['decode_tok_s_at_best']:.0f} tok/s at best"
         )
-    return [first, "          a bound, not a forecast: kernels reach 45 to 60 % of the bandwidth, communication not counted"]
+    return [
+        first,
+        "          a bound, not a forecast: kernels reach 45 to 60 % of the bandwidth, communication not counted",
+    ]
 
 
 def plan_markdown(document: dict[str, Any]) -> str:

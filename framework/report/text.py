@@ -51,9 +51,16 @@ def block(name: str, lines: Sequence[str]) -> list[str]:
     """Put a block's name in the left margin of its first line; a blank line goes after it."""
     if not lines:
         return []
-    return [name.ljust(10) + lines[0][10:] if lines[0].startswith(" " * 10) else f"{name:<10}{lines[0]}", *lines[1:], ""]
+    return [
+        name.ljust(10) + lines[0][10:] if lines[0].startswith(" " * 10) else f"{name:<10}{lines[0]}",
+        *lines[1:],
+        "",
+    ]
 
 
 def heading(job: str, recipe: str, tier: str, tp_size: int, *more: str) -> list[str]:
     """The first line: what was understood."""
-    return ["  ".join([job, recipe, "", tier, "", f"tp {tp_size}", *(f"  {m}" for m in more)]).replace("   ", "  "), ""]
+    return [
+        "  ".join([job, recipe, "", tier, "", f"tp {tp_size}", *(f"  {m}" for m in more)]).replace("   ", "  "),
+        "",
+    ]

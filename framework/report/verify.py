@@ -61,7 +61,8 @@ def _modules(modules: list[dict[str, Any]], tolerance: float) -> list[str]:
 def verify_markdown(document: dict[str, Any]) -> str:
     """The same as a table to paste into an issue."""
     lines = [
-        f"**verify** {'ok' if document['ok'] else 'failed'}, {document['metric']}, tolerance {document['tolerance']:.3g}",
+        f"**verify** {'ok' if document['ok'] else 'failed'}, {document['metric']}, "
+        f"tolerance {document['tolerance']:.3g}",
         "",
         "| prompt | tokens | max abs | rel l2 | cosine | KL | top-1 |",
         "|---|---|---|---|---|---|---|",

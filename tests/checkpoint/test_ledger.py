@@ -11,10 +11,7 @@ FILE = Path("model.safetensors")
 
 
 def index(names, container="safetensors", **dtypes):
-    held = {
-        name: TensorInfo(name, FILE, 0, 128, dtypes.get(name.replace(".", "_"), "F32"), (4, 8))
-        for name in names
-    }
+    held = {name: TensorInfo(name, FILE, 0, 128, dtypes.get(name.replace(".", "_"), "F32"), (4, 8)) for name in names}
     return Index(Path("m"), container, held)
 
 
@@ -49,9 +46,7 @@ def test_a_removed_a_renamed_and_an_extra_tensor_are_all_named_with_their_neares
         for name in names
         if name not in ("model.layers.2.mlp.up_proj.weight", "model.layers.3.mlp.down_proj.weight")
     ]
-    ledger = settle(
-        index([*held, "model.layers.3.mlp.down_prj.weight", "model.extra"]), expected(names), never
-    )
+    ledger = settle(index([*held, "model.layers.3.mlp.down_prj.weight", "model.extra"]), expected(names), never)
     assert set(ledger.missing) == {"model.layers.2.mlp.up_proj.weight", "model.layers.3.mlp.down_proj.weight"}
     assert set(ledger.unexpected) == {"model.layers.3.mlp.down_prj.weight", "model.extra"}
     told = {
@@ -99,9 +94,7 @@ def test_an_integer_weight_where_floats_are_needed_is_refused():
 
 
 def test_ggml_types_that_nobody_can_dequantize_are_told_with_their_number():
-    held = index(
-        ["a.weight", "b.weight", "c.weight"], "gguf", a_weight="Q1_0", b_weight="Q1_0", c_weight="type 99"
-    )
+    held = index(["a.weight", "b.weight", "c.weight"], "gguf", a_weight="Q1_0", b_weight="Q1_0", c_weight="type 99")
     ledger = settle(held, expected(["a.weight", "b.weight", "c.weight"]), never)
     assert [p.code for p in ledger.problems] == ["gguf-type", "gguf-type"]
     assert "2 tensors of type 41 (Q1_0)" in ledger.problems[0].what and "type 99" in ledger.problems[1].what

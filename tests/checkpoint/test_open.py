@@ -187,9 +187,7 @@ def test_a_folder_of_two_gguf_models_is_ambiguous(tmp_path):
 
 
 def gguf_with(path, pairs=b"", pair_count=0, tensors=b"", tensor_count=0, version=3, body=0):
-    path.write_bytes(
-        b"GGUF" + struct.pack("<IQQ", version, tensor_count, pair_count) + pairs + tensors + b"\0" * body
-    )
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", version, tensor_count, pair_count) + pairs + tensors + b"\0" * body)
     return path
 
 
@@ -235,9 +233,7 @@ def test_a_gguf_opens_without_decoding_its_vocabulary_and_decodes_it_alike():
     field = gguf.GGUFReader(GGUF).fields["tokenizer.ggml.tokens"]
     assert tokens._decoded is None and len(tokens) == len(field.data)
     assert (
-        list(tokens) == field.contents()
-        and tokens[3] == field.contents()[3]
-        and tokens[-2:] == field.contents()[-2:]
+        list(tokens) == field.contents() and tokens[3] == field.contents()[3] and tokens[-2:] == field.contents()[-2:]
     )
 
 

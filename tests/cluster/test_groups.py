@@ -15,9 +15,7 @@ LONG = 3_000
 
 
 def values(rank, count):
-    return np.random.default_rng(100 * rank + count).standard_normal(count).astype(np.float32) * 10.0 ** (
-        rank % 3
-    )
+    return np.random.default_rng(100 * rank + count).standard_normal(count).astype(np.float32) * 10.0 ** (rank % 3)
 
 
 def _results(group):
@@ -32,9 +30,7 @@ def _results(group):
     part = torch.full((4, sizes[group.rank], 2), float(group.rank))
     found["gather"] = group.all_gather(part, sizes, dim=1).numpy()
     longs = [LONG, LONG // 2, LONG * 2][: group.size]
-    found["gather long"] = group.all_gather(
-        torch.from_numpy(values(group.rank, longs[group.rank])), longs
-    ).numpy()
+    found["gather long"] = group.all_gather(torch.from_numpy(values(group.rank, longs[group.rank])), longs).numpy()
     for source in range(group.size):
         x = torch.from_numpy(values(group.rank, 2 * LONG)).view(2, LONG).t()
         found["broadcast", source] = group.broadcast(x.contiguous(), source).numpy()
@@ -53,9 +49,7 @@ def _work(rank, ports, out, parent_says):
     torch.set_num_threads(1)
     for (size, backend), port in ports.items():
         if rank < size:
-            group = groups.join(
-                rank, size, "127.0.0.1", port, backend, 20.0, address="127.0.0.1", slot_bytes=4096
-            )
+            group = groups.join(rank, size, "127.0.0.1", port, backend, 20.0, address="127.0.0.1", slot_bytes=4096)
             out.put(((size, backend), rank, groups.name_of(group), _results(group)))
             if (size, backend) != (3, "shared_memory"):
                 groups.leave(group)
@@ -135,9 +129,7 @@ def test_uneven_and_empty_parts_are_gathered_in_rank_order(outcome, size, backen
     for found in _each(outcome, size, backend):
         expected = np.concatenate([np.full((4, n, 2), float(r)) for r, n in enumerate(sizes)], axis=1)
         assert np.array_equal(found["gather"], expected)
-        assert np.array_equal(
-            found["gather long"], np.concatenate([values(r, n) for r, n in enumerate(longs)])
-        )
+        assert np.array_equal(found["gather long"], np.concatenate([values(r, n) for r, n in enumerate(longs)]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,7 +10,7 @@ from tests.plans import checked_for, plan_for
 from tests.threads import on_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny-qwen3"
-FOLDERS = sorted(GOLDEN.glob("gguf-*")) + [GOLDEN / "base"]
+FOLDERS = [*sorted(GOLDEN.glob("gguf-*")), GOLDEN / "base"]
 
 
 def model_path(folder):

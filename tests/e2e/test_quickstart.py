@@ -66,7 +66,12 @@ def generate(plan, prompts):
 @pytest.mark.parametrize("rules", [[], PACKED], ids=["auto", "kept packed"])
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
 def test_greedy_tokens_in_fp32_are_those_of_transformers(quickstart_model, reference, tp_size, rules):
-    size = [f"parallel.tp_size={tp_size}", "runtime.dtype=float32", "runtime.context=256", "runtime.max_batch=2"]
+    size = [
+        f"parallel.tp_size={tp_size}",
+        "runtime.dtype=float32",
+        "runtime.context=256",
+        "runtime.max_batch=2",
+    ]
     plan = make_plan(checked_for(quickstart_model, *size, *rules), "cpu")
     ours = generate(plan, [ids for ids, _, _ in reference])
     assert ours == [tokens for _, tokens, _ in reference]

@@ -74,9 +74,7 @@ def test_the_wrapper_of_a_multimodal_checkpoint_is_found_in_the_file(tmp_path, h
 
 def test_a_tied_head_is_the_embedding_unless_the_file_has_one(tmp_path):
     embedding = torch.zeros(16, 8)
-    assert (
-        tensor_name(HEAD, saved(tmp_path, {"model.embed_tokens.weight": embedding})) == "model.embed_tokens"
-    )
+    assert tensor_name(HEAD, saved(tmp_path, {"model.embed_tokens.weight": embedding})) == "model.embed_tokens"
     both = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding + 1}
     assert tensor_name(HEAD, saved(tmp_path, both)) == "lm_head"
 

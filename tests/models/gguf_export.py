@@ -72,6 +72,8 @@ def llama3_divisors(rope, dim):
         elif wavelength > low:
             divisors.append(rope["factor"])
         else:
-            smooth = (original / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+            smooth = (original / wavelength - rope["low_freq_factor"]) / (
+                rope["high_freq_factor"] - rope["low_freq_factor"]
+            )
             divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return np.array(divisors, dtype=np.float32)

@@ -53,7 +53,9 @@ def checkpoints(tmp_path_factory):
             model = getattr(transformers, f"{model_class}ForCausalLM")(config).eval()
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.normal_(0, 0.08) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+                    parameter.normal_(0, 0.08) if parameter.dim() > 1 else parameter.add_(
+                        0.1 * torch.randn_like(parameter)
+                    )
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
             ids = torch.randint(2, 160, (1, 40))

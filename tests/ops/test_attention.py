@@ -40,9 +40,7 @@ class Paged:
         order = list(range(sum(needed) + 2))
         if scattered:
             order = order[1::2] + order[0::2]
-        self.caches = tuple(
-            torch.full((len(order), block_size, kv_heads, size), 99.0, dtype=dtype) for _ in range(2)
-        )
+        self.caches = tuple(torch.full((len(order), block_size, kv_heads, size), 99.0, dtype=dtype) for _ in range(2))
         self.table = torch.full((len(lengths), max([*needed, 1])), -1, dtype=torch.int32)
         self.sequences = []
         taken = 0
@@ -51,9 +49,7 @@ class Paged:
             taken += needed[index]
             self.table[index, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
             rows = [random(length, kv_heads, size, seed=10 * index + i).to(dtype) for i in range(2)]
-            slots = torch.tensor(
-                [pages[i // block_size] * block_size + i % block_size for i in range(length)]
-            )
+            slots = torch.tensor([pages[i // block_size] * block_size + i % block_size for i in range(length)])
             ops._npu_reshape_and_cache(*rows, *self.caches, slots.int())
             self.sequences.append(rows)
         self.lengths = torch.tensor(lengths, dtype=torch.int32)
@@ -154,11 +150,7 @@ def test_chunked_prefill_is_causal_from_the_bottom_right(window, heads, scattere
     paged = Paged([context for _, context in CHUNKS], scattered=scattered)
     ends = torch.tensor([rows for rows, _ in CHUNKS]).cumsum(0).tolist()
     query = random(ends[-1], heads, 8, seed=50)
-    options = (
-        {"sparse_mode": 3}
-        if window is None
-        else {"sparse_mode": 4, "pre_tokens": window - 1, "next_tokens": 0}
-    )
+    options = {"sparse_mode": 3} if window is None else {"sparse_mode": 4, "pre_tokens": window - 1, "next_tokens": 0}
     output, lse = paged_prefill(paged, query, ends, heads, softmax_lse_flag=True, **options)
     without_lse, zeros = paged_prefill(paged, query, ends, heads, **options)
     assert torch.equal(output, without_lse)
@@ -174,9 +166,7 @@ def test_chunked_prefill_is_causal_from_the_bottom_right(window, heads, scattere
         keys, values = paged.sequences[index]
         expected, expected_lse = attention_by_definition(query[first : first + rows], keys, values, 0.4, sees)
         torch.testing.assert_close(output[first : first + rows].double(), expected, rtol=1e-5, atol=2e-6)
-        torch.testing.assert_close(
-            lse[first : first + rows, :, 0].double(), expected_lse, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(lse[first : first + rows, :, 0].double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
 def test_a_decode_row_is_the_same_by_both_operators():
@@ -337,16 +327,12 @@ def test_a_causal_mode_without_its_mask_is_an_error():
     """Hardware would quietly attend to the future."""
     query = random(3, 2, 8)
     with pytest.raises(ValueError, match="2048 x 2048"):
-        ops.npu_fused_infer_attention_score(
-            query, query, query, num_heads=2, input_layout="TND", sparse_mode=3
-        )
+        ops.npu_fused_infer_attention_score(query, query, query, num_heads=2, input_layout="TND", sparse_mode=3)
 
 
 def test_arguments_without_a_cpu_kernel_are_refused_by_name():
     query = random(3, 2, 8)
     with pytest.raises(NotImplementedError, match="query_rope"):
-        ops.npu_fused_infer_attention_score(
-            query, query, query, num_heads=2, input_layout="TND", query_rope=query
-        )
+        ops.npu_fused_infer_attention_score(query, query, query, num_heads=2, input_layout="TND", query_rope=query)
     with pytest.raises(NotImplementedError, match="SBH"):
         ops.npu_fused_infer_attention_score(query, query, query, num_heads=2, input_layout="SBH")

@@ -90,7 +90,5 @@ def test_the_dispatcher_reaches_the_kernel_that_the_package_binds():
     from framework import ops
 
     x, gamma = torch.randn(2, 16), torch.randn(16)
-    for direct, dispatched in zip(
-        ops.npu_rms_norm(x, gamma), torch.ops.npu.npu_rms_norm(x, gamma), strict=True
-    ):
+    for direct, dispatched in zip(ops.npu_rms_norm(x, gamma), torch.ops.npu.npu_rms_norm(x, gamma), strict=True):
         assert torch.equal(direct, dispatched)

@@ -45,9 +45,7 @@ def test_rotary_mul_takes_a_slice_of_a_fused_projection():
     qkv = torch.randn(4, 5 * 16, generator=torch.Generator().manual_seed(1))
     x = qkv[:, 16:48].view(1, 4, 2, 16)
     cos, sin = torch.randn(2, 1, 4, 1, 16, generator=torch.Generator().manual_seed(2))
-    assert_rounded_once(
-        ops.npu_rotary_mul(x, cos, sin), rotated_by_definition(x, cos, sin, "half"), torch.float32
-    )
+    assert_rounded_once(ops.npu_rotary_mul(x, cos, sin), rotated_by_definition(x, cos, sin, "half"), torch.float32)
     assert torch.equal(qkv[:, 16:48].view(1, 4, 2, 16), x)
 
 
@@ -60,9 +58,7 @@ def test_rotary_mul_refuses_what_it_does_not_compute():
 
 
 def elementwise(function, x):
-    return torch.tensor(
-        [function(value) for value in x.double().flatten().tolist()], dtype=torch.float64
-    ).view(x.shape)
+    return torch.tensor([function(value) for value in x.double().flatten().tolist()], dtype=torch.float64).view(x.shape)
 
 
 def silu(value):

@@ -17,9 +17,7 @@ def test_the_registered_set_is_the_set_that_is_compared():
 def test_the_dispatcher_prints_the_schema_of_the_wheel(name):
     qualified, _, overload = name.partition(".")
     found = [
-        str(schema)
-        for schema in torch._C._jit_get_schemas_for_operator(qualified)
-        if schema.overload_name == overload
+        str(schema) for schema in torch._C._jit_get_schemas_for_operator(qualified) if schema.overload_name == overload
     ]
     assert found == [OF_TORCH_NPU[name]]
 

@@ -44,9 +44,7 @@ def problem(k=64, n=16, groups=2, bits=4, dtype=torch.bfloat16, rows=3):
 def assert_close(actual, expected, dtype):
     assert actual.dtype is dtype
     magnitude = expected.abs().max()
-    assert float((actual.double() - expected).abs().max()) <= float(
-        2 * STEP[dtype] * magnitude + 1e-6 * magnitude
-    )
+    assert float((actual.double() - expected).abs().max()) <= float(2 * STEP[dtype] * magnitude + 1e-6 * magnitude)
 
 
 def as_operand(codes, bits):
@@ -111,9 +109,7 @@ def test_what_has_no_cpu_kernel_is_refused():
 
 @pytest.mark.parametrize("rows", [1, 3, 130])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    ("k", "n", "groups"), [(64, 16, 2), (96, 64, 3), (128, 128, 1), (256, 48, 2), (64, 192, 2)]
-)
+@pytest.mark.parametrize(("k", "n", "groups"), [(64, 16, 2), (96, 64, 3), (128, 128, 1), (256, 48, 2), (64, 192, 2)])
 def test_the_cpus_own_layout_multiplies_by_code_plus_offset_times_scale(k, n, groups, bits, rows):
     """It rounds scale and scale * offset to bf16 where the documented operator rounds the weight twice."""
     x, codes, scale, offset = problem(k, n, groups, bits, rows=rows)
@@ -180,9 +176,7 @@ def test_torchs_int4_layout_is_known_on_this_processor():
 )
 def test_what_torchs_kernel_does_not_take_keeps_the_documented_operand(k, n, groups, dtype):
     x, codes, scale, offset = problem(k, n, groups, dtype=dtype)
-    operand = weight_operand(
-        codes.t().to(torch.int8), bits=4, scale=scale, offset=offset, dtype=dtype, device=CPU
-    )
+    operand = weight_operand(codes.t().to(torch.int8), bits=4, scale=scale, offset=offset, dtype=dtype, device=CPU)
     assert packed.private(operand) is None
     assert torch.equal(operand, as_operand(codes, 4))
     y = ops.npu_weight_quant_batchmatmul(x, operand, scale, offset, antiquant_group_size=k // groups)

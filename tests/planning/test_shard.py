@@ -1,5 +1,7 @@
 """Tensor parallelism cuts every weight exactly once, for every size that is accepted."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,7 +48,7 @@ def test_every_query_head_is_dealt_once_and_meets_its_own_kv_head(kv_heads, grou
 def test_dealing_is_even_to_one_and_complete(count, ranks):
     pieces = deal(count, ranks)
     assert pieces[0][0] == 0 and pieces[-1][1] == count
-    assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(pieces))
     sizes = [b - a for a, b in pieces]
     assert max(sizes) - min(sizes) <= 1
 

@@ -103,9 +103,7 @@ def test_signed_codes_offset_and_scale_give_the_same_values(name):
     assert int(codes.max()) < half
     by_row = scale.t().double().repeat_interleave(weight.group_size, 1)
     shift = 0 if offset is None else offset.t().double().repeat_interleave(weight.group_size, 1)
-    torch.testing.assert_close(
-        (codes.double() + shift) * by_row, values_by_definition(weight), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close((codes.double() + shift) * by_row, values_by_definition(weight), rtol=1e-5, atol=1e-6)
 
 
 def test_q4_0_needs_no_offset_but_the_zero_that_the_shift_takes_up():

@@ -149,9 +149,7 @@ def _mxfp4(raw: Tensor) -> Tensor:
 def _nvfp4(raw: Tensor) -> Tensor:
     code = raw[:, :4]
     exponent, mantissa = ((code >> 3) & 15).float(), (code & 7).float()
-    scale = (
-        torch.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * torch.exp2(exponent - 7)) * 0.5
-    )
+    scale = torch.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * torch.exp2(exponent - 7)) * 0.5
     scale = scale.masked_fill((code == 0) | (code == 0x7F), 0.0)
     packed = raw[:, 4:].reshape(-1, 4, 8)
     values = _MX[torch.cat((packed & 15, packed >> 4), dim=2).int()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,8 @@ from framework.formats.gguf.layout import GROUP, PERMUTED, architecture, tensor_
 from framework.geometry import Kind, Module, Rect
 from framework.quantization.tensor import QuantTensor
 
-CHUNK_VALUES = 4 << 20  # dequantized at a time
+READ_BYTES = 4 << 20  # at a time, so that a network file system sees few and large reads
+CHUNK_VALUES = 1 << 18  # dequantized at a time: temporaries stay in cache, 1.5 times as fast as 4 Mi values
 
 
 def decode(
@@ -62,17 +64,28 @@ def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
 
 
 def _values(info: TensorInfo, rect: Rect, reader: Reader, dtype: torch.dtype) -> Tensor:
-    """Dequantize the blocks that the rectangle touches, in chunks of rows, and trim."""
+    """Dequantize the blocks that the rectangle touches, and trim."""
+    block = GGML_TYPES[info.dtype][1]
+    skip, (rows, columns) = rect.k0 % block, rect.shape
+    out = torch.empty(rows, columns, dtype=dtype)
+    for start, stop, raw in _chunks(info, rect, reader):
+        out[start:stop] = dequantize(info.dtype, raw)[:, skip : skip + columns]
+    return out
+
+
+def _chunks(info: TensorInfo, rect: Rect, reader: Reader) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield ranges of the rectangle's rows with their blocks, uint8 [rows, bytes]."""
     _, block, nbytes = GGML_TYPES[info.dtype]
     first, last = rect.k0 // block, -(-rect.k1 // block)
-    skip, (rows, columns) = rect.k0 - first * block, rect.shape
-    out = torch.empty(rows, columns, dtype=dtype)
+    rows = rect.shape[0]
+    read_step = max(1, READ_BYTES // ((last - first) * nbytes))
     step = max(1, CHUNK_VALUES // ((last - first) * block))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        raw = reader.read(info, rect.n0 + start, rect.n0 + stop, first * nbytes, last * nbytes)
-        out[start:stop] = dequantize(info.dtype, torch.from_numpy(raw))[:, skip : skip + columns]
-    return out
+    for top in range(0, rows, read_step):
+        bottom = min(top + read_step, rows)
+        raw = torch.from_numpy(reader.read(info, rect.n0 + top, rect.n0 + bottom, first * nbytes, last * nbytes))
+        for start in range(top, bottom, step):
+            stop = min(start + step, bottom)
+            yield start, stop, raw[start - top : stop - top]
 
 
 def _order(module: Module, index: Index, rows: Tensor) -> Tensor:
@@ -94,13 +107,8 @@ def _packed(info: TensorInfo, rect: Rect, reader: Reader) -> QuantTensor:
     codes = torch.empty(rows, columns, dtype=torch.int8)
     scale = torch.empty(rows, columns // GROUP)
     minimum = torch.empty_like(scale) if info.dtype == "Q4_1" else None
-    step = max(1, CHUNK_VALUES // columns)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        raw = reader.read(
-            info, rect.n0 + start, rect.n0 + stop, rect.k0 // block * nbytes, rect.k1 // block * nbytes
-        )
-        blocks = torch.from_numpy(raw).reshape(-1, nbytes)
+    for start, stop, raw in _chunks(info, rect, reader):
+        blocks = raw.reshape(-1, nbytes)
         scale[start:stop] = half(blocks[:, :2]).view(stop - start, -1)
         if minimum is not None:
             minimum[start:stop] = half(blocks[:, 2:4]).view(stop - start, -1)

@@ -115,12 +115,7 @@ def _iq1_s(raw: Tensor) -> Tensor:
 
 def _iq1_m(raw: Tensor) -> Tensor:
     words = _words(raw[:, 48:56], torch.int16)
-    bits = (
-        (words[:, 0] >> 12)
-        | ((words[:, 1] >> 8) & 0xF0)
-        | ((words[:, 2] >> 4) & 0xF00)
-        | (words[:, 3] & 0xF000)
-    )
+    bits = (words[:, 0] >> 12) | ((words[:, 1] >> 8) & 0xF0) | ((words[:, 2] >> 4) & 0xF00) | (words[:, 3] & 0xF000)
     d = torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16).view(torch.float16).float()
     scales = ((words.unsqueeze(2) >> (3 * torch.arange(4))) & 7).flatten(1).float()
     high = _nibble_pairs(raw[:, 32:48]).long()

@@ -76,9 +76,7 @@ class GgufLayout:
         kinds: dict[str, int] = {}
         for info in index.tensors.values():
             kinds[info.dtype] = kinds.get(info.dtype, 0) + 1
-        return "it starts with GGUF; " + ", ".join(
-            f"{n} {k}" for k, n in sorted(kinds.items(), key=lambda i: -i[1])
-        )
+        return "it starts with GGUF; " + ", ".join(f"{n} {k}" for k, n in sorted(kinds.items(), key=lambda i: -i[1]))
 
     def schemes_of(self, module: Module, index: Index) -> tuple[str, ...]:
         """Float for every type; the blocks of 32 of Q4_0, Q4_1 and Q8_0 can be kept packed."""

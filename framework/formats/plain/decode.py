@@ -12,7 +12,7 @@ from framework.geometry import Kind, Module, Rect
 from framework.quantization.tensor import QuantTensor
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 4 << 20
 
 
 def decode(

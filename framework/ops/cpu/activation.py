@@ -21,9 +21,7 @@ def swiglu(input: Tensor, dim: int = -1) -> Tensor:
     return narrow(_silu(gate, True).mul_(up), input.dtype)
 
 
-def geglu(
-    input: Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False
-) -> tuple[Tensor, Tensor]:
+def geglu(input: Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False) -> tuple[Tensor, Tensor]:
     """Return (linear half * gelu(other half), gelu(other half)).
 
     Args:

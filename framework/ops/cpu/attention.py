@@ -124,9 +124,7 @@ class _Rule:
             raise NotImplementedError(f"npu_fused_infer_attention_score: sparse_mode {self.sparse_mode}")
         # Without its mask hardware ignores sparse_mode and attends to everything: wrong text, no error.
         if self.sparse_mode > 1 and (self.mask is None or self.mask.shape[-2:] != _COMPRESSED_MASK):
-            raise ValueError(
-                f"sparse_mode {self.sparse_mode} takes the 2048 x 2048 upper-triangular atten_mask"
-            )
+            raise ValueError(f"sparse_mode {self.sparse_mode} takes the 2048 x 2048 upper-triangular atten_mask")
 
     def band(self, rows: int, length: int) -> tuple[int, int, int]:
         """Return shift, before and after for L query rows over S keys."""
@@ -225,8 +223,7 @@ def _spans(tensor: Tensor, layout: str, lengths: list[int] | None) -> list[tuple
         return list(zip([0, *ends[:-1]], ends, strict=True))
     padded = tensor.shape[2] if layout == "BNSD" else tensor.shape[1]
     return [
-        (index * padded, index * padded + (lengths[index] if lengths else padded))
-        for index in range(tensor.shape[0])
+        (index * padded, index * padded + (lengths[index] if lengths else padded)) for index in range(tensor.shape[0])
     ]
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def reshape_and_cache(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_indices: Tensor
-) -> None:
+def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_indices: Tensor) -> None:
     """Write row t to slot_indices[t]; negative slots are skipped. Rows are cast to the cache's dtype.
 
     Args:

@@ -29,9 +29,7 @@ def convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> Tensor
     Codes beyond four bits are masked, not saturated.
     """
     if weight.dtype is not torch.int32 or weight.shape[-1] % 8:
-        raise ValueError(
-            f"int4 packing takes int32 codes, last dimension a multiple of 8, not {weight.shape}"
-        )
+        raise ValueError(f"int4 packing takes int32 codes, last dimension a multiple of 8, not {weight.shape}")
     return packing.pack_int4(weight)
 
 

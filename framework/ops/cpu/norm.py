@@ -41,9 +41,7 @@ def gemma_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple
     return narrow(y, input.dtype), norm.fill_(rstd)
 
 
-def add_rms_norm(
-    x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     """Return the norm of x1 + x2, its rstd, and the sum in x1's dtype: `rms_norm` of the rounded sum.
 
     Hardware differs by one rounding, either way: A2 and A3 normalize the rounded sum, as here, and round once
