@@ -58,7 +58,8 @@ def ours(path: str, threads: int) -> Any:  # noqa: ANN401
 
     torch.set_num_threads(threads)
     overrides = [
-        "recipe=quickstart", f'model.path="{path}"', "parallel.tp_size=1", "runtime.context=2048", "runtime.max_batch=1",
+        "recipe=quickstart", f'model.path="{path}"', "parallel.tp_size=1", "runtime.context=2048",
+        "runtime.max_batch=1",
         f"runtime.threads={threads}", "model.sha256=null",
     ]  # fmt: skip
     recipe = compose(overrides)
@@ -106,9 +107,12 @@ def hf(path: str, threads: int) -> Any:  # noqa: ANN401
 def llama_cpp(path: str, threads: int) -> Any:  # noqa: ANN401
     """llama.cpp through llama-cpp-python."""
     import numpy as np
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_get_logits_ith
 
     model = Llama(path, n_ctx=2048, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False)
+
+    def greedy() -> int:
+        return int(np.ctypeslib.as_array(llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),)).argmax())
 
     def run(ids: list[int], tokens: int) -> tuple[float, float]:
         model.reset()
@@ -116,8 +120,7 @@ def llama_cpp(path: str, threads: int) -> Any:  # noqa: ANN401
         model.eval(ids)
         stamps = [time.perf_counter()]
         for _ in range(tokens - 1):
-            token = int(np.argmax(model._scores[-1] if model._logits_all else model._ctx_logits()))
-            model.eval([token])
+            model.eval([greedy()])
             stamps.append(time.perf_counter())
         return stamps[0] - start, _median_step(stamps)
 

@@ -19,6 +19,7 @@ from framework.jobs.reference import Reference, read_reference
 from framework.planning.make import make_plan
 from framework.planning.plan import Plan
 from framework.recipe.compose import compose
+from framework.recipe.overrides import quote
 from framework.recipe.schema import LayerRule, Recipe
 from framework.report.progress import waiting
 from framework.report.verify import verify_markdown, verify_text
@@ -124,7 +125,7 @@ def _references(recipe: Recipe, plan: Plan) -> list[Reference]:
             )
     if not chosen["against"]:
         return given
-    other = compose([f"recipe={chosen['against']}", "job=verify"])
+    other = compose([f"recipe={quote(str(chosen['against']))}", "job=verify"])
     other_plan = plan_of(other)
     prompts = [r.ids for r in given] or [_default_ids(recipe, plan.spec.vocab)]
     return [Reference(ids, logits) for ids, logits in zip(prompts, scores(other, other_plan, prompts), strict=True)]
