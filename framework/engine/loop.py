@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from framework.engine.batch import Batch, BatchBuilder, Piece
 from framework.engine.cache import PAGE_TOKENS, KVCache, pages_for
-from framework.engine.request import Finished, FinishReason, Request, TokenEvent
-from framework.engine.sampler import logprobs, sample, uniform
+from framework.engine.output import Output
+from framework.engine.request import Finished, Request, TokenEvent
+from framework.engine.sampler import choose, logprobs
 from framework.engine.scheduler import Chunk, Scheduler, Sequence
 from framework.errors import InputError, Problem, Refused
 from framework.layers.group import Group
-from framework.text.stream import StopMatcher, TextStream
 from framework.text.tokenizer import Tokenizer
 
 Model = Callable[[Batch, list[tuple[Tensor, Tensor]]], Tensor]
 Events = list[TokenEvent | Finished]
-
-
-@dataclass
-class _Output:
-    """What rank 0 knows of one request's text."""
-
-    request: Request
-    stream: TextStream | None
-    matcher: StopMatcher
-    token_ids: list[int] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    first_s: float = 0.0
 
 
 class Engine:
@@ -88,7 +75,11 @@ class Engine:
             context=self._context,
         )
         builder = BatchBuilder(self._cache.device)
-        outputs = {id(sequence): self._output(sequence.request) for sequence in scheduler.waiting}
+        outputs = {
+            id(sequence): Output(sequence, self._tokenizer, self._eos_ids, start_s)
+            for sequence in scheduler.waiting
+            if self._group.rank == 0
+        }
         before: list[Sequence] = []
         while scheduler.unfinished:
             chunks = scheduler.next()
@@ -96,7 +87,7 @@ class Engine:
             if sequences != before:
                 builder.forget()
             before = sequences
-            events, stop = self._step(builder, scheduler, chunks, outputs, start_s)
+            events, stop = self._step(builder, scheduler, chunks, outputs)
             if stop:
                 return
             yield events
@@ -145,96 +136,22 @@ class Engine:
         builder: BatchBuilder,
         scheduler: Scheduler,
         chunks: list[Chunk],
-        outputs: dict[int, _Output],
-        start_s: float,
+        outputs: dict[int, Output],
     ) -> tuple[Events, bool]:
         """Run one batch; return its events and whether to stop."""
         logits = self._model(builder.build(_pieces(chunks)), self._cache.layers)
-        ending = [chunk for chunk in chunks if chunk.ends]
+        sequences = [chunk.sequence for chunk in chunks if chunk.ends]
         events: Events = []
         if self._group.rank == 0:
-            token_ids, finished = self._choose_all(logits, ending, outputs, start_s, events)
+            token_ids = choose(logits, sequences) if sequences else []
+            finished = _report(sequences, token_ids, logits, outputs, events)
             stop = self.should_stop is not None and self.should_stop()
             if self._group.size > 1:
                 self._tell(token_ids, finished, stop=stop)
         else:
-            token_ids, finished, stop = self._hear(len(ending))
+            token_ids, finished, stop = self._hear(len(sequences))
         scheduler.advance(chunks, token_ids, finished)
         return events, stop
-
-    def _choose_all(
-        self,
-        logits: Tensor,
-        ending: list[Chunk],
-        outputs: dict[int, _Output],
-        start_s: float,
-        events: Events,
-    ) -> tuple[list[int], list[bool]]:
-        """Choose a token for each chunk that ends; append events; return the tokens and what is finished."""
-        if not ending:
-            return [], []
-        params = [chunk.sequence.request.sampling for chunk in ending]
-        if all(p.temperature == 0.0 and p.repetition_penalty == 1.0 for p in params):
-            token_ids = logits.argmax(1).tolist()
-        else:
-            rows = logits.cpu()
-            token_ids = [_choose(rows[i], chunk.sequence) for i, chunk in enumerate(ending)]
-        now_s = time.perf_counter()
-        finished = [
-            self._extend(
-                outputs[id(chunk.sequence)],
-                chunk.sequence.most,
-                token_id,
-                row,
-                (start_s, now_s),
-                events,
-            )
-            for chunk, token_id, row in zip(ending, token_ids, logits, strict=True)
-        ]
-        return token_ids, finished
-
-    def _output(self, request: Request) -> _Output:
-        stream = TextStream(self._tokenizer, request.prompt_ids[-4:]) if self._tokenizer else None
-        return _Output(request, stream, StopMatcher(request.sampling.stop))
-
-    def _extend(
-        self,
-        output: _Output,
-        most: int,
-        token_id: int,
-        logits: Tensor,
-        times: tuple[float, float],
-        events: Events,
-    ) -> bool:
-        """Take a token; append its events; return whether the request is finished."""
-        request, params, (start_s, now_s) = output.request, output.request.sampling, times
-        if not output.token_ids:
-            output.first_s = now_s
-            if not bool(torch.isfinite(logits).all()):
-                raise Refused(
-                    Problem(
-                        "not-finite",
-                        "the model's first logits are not finite numbers",
-                        f"prompt {request.index}",
-                        "weights or activations overflow: the text would be garbage",
-                        "job=verify job.per_module=true names the first module; runtime.dtype=bfloat16",
-                    )
-                )
-        output.token_ids.append(token_id)
-        ends = token_id in params.stop_ids or (token_id in self._eos_ids and not params.ignore_eos)
-        shown, hit = ("", False) if ends or output.stream is None else output.matcher.push(output.stream.push(token_id))
-        reason: FinishReason | None = "stop" if ends or hit else None
-        if reason is None and len(request.prompt_ids) + len(output.token_ids) >= most:
-            reason = "length"
-        if reason and not hit and output.stream is not None:
-            rest, hit = output.matcher.push(output.stream.flush())
-            shown += rest + ("" if hit else output.matcher.flush())
-        output.text.append(shown)
-        extra = logprobs(logits.cpu(), token_id, params.logprobs) if params.logprobs else None
-        events.append(TokenEvent(request.index, token_id, shown, extra))
-        if reason:
-            events.append(_finished(output, reason, start_s, now_s))
-        return reason is not None
 
     def _tell(self, token_ids: list[int], finished: list[bool], *, stop: bool) -> None:
         words = [int(stop), *(2 * token + done for token, done in zip(token_ids, finished, strict=True))]
@@ -255,20 +172,33 @@ def _pieces(chunks: list[Chunk]) -> list[Piece]:
     ]
 
 
-def _choose(logits: Tensor, sequence: Sequence) -> int:
-    request = sequence.request
-    number = uniform(request.sampling.seed, request.index, len(sequence.ids))
-    return sample(logits, request.sampling, sequence.ids, number)
+def _report(
+    sequences: list[Sequence], token_ids: list[int], logits: Tensor, outputs: dict[int, Output], events: Events
+) -> list[bool]:
+    """Append the events of a step's tokens, logits [S, vocab]; return which requests are finished."""
+    now_s = time.perf_counter()
+    finished = []
+    for i, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True)):
+        output, request = outputs[id(sequence)], sequence.request
+        if output.is_empty:
+            _check_finite(logits[i], request.index)
+        count = request.sampling.logprobs
+        likeliest = logprobs(logits[i].cpu(), token_id, count) if count else None
+        events.append(TokenEvent(request.index, token_id, output.take(token_id, now_s), likeliest))
+        if output.finish_reason is not None:
+            events.append(output.finished())
+        finished.append(output.finish_reason is not None)
+    return finished
 
 
-def _finished(output: _Output, reason: FinishReason, start_s: float, now_s: float) -> Finished:
-    more, seconds = len(output.token_ids) - 1, now_s - output.first_s
-    return Finished(
-        output.request.index,
-        reason,
-        len(output.request.prompt_ids),
-        output.first_s - start_s,
-        more / seconds if more and seconds else 0.0,
-        "".join(output.text),
-        output.token_ids,
-    )
+def _check_finite(logits: Tensor, index: int) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise Refused(
+            Problem(
+                "not-finite",
+                "the model's first logits are not finite numbers",
+                f"prompt {index}",
+                "weights or activations overflow: the text would be garbage",
+                "job=verify job.per_module=true names the first module; runtime.dtype=bfloat16",
+            )
+        )

@@ -13,8 +13,23 @@ import torch
 from torch import Tensor
 
 from framework.engine.request import SamplingParams, TokenLogprobs
+from framework.engine.scheduler import Sequence as Running
 
 _LIKELIEST = 256  # candidates of a first look for top-p
+
+
+def choose(logits: Tensor, sequences: list[Running]) -> list[int]:
+    """Return the next token of each sequence; logits [S, vocab] fp32."""
+    wanted = [sequence.request.sampling for sequence in sequences]
+    if all(params.temperature == 0.0 and params.repetition_penalty == 1.0 for params in wanted):
+        if logits.is_cpu:
+            # numpy's is ten times as fast as torch's along a row
+            return [int(token) for token in logits.numpy().argmax(1)]
+        return [int(token) for token in logits.argmax(1).tolist()]
+    return [
+        sample(row, params, sequence.ids, uniform(params.seed, sequence.request.index, len(sequence.ids)))
+        for row, params, sequence in zip(logits.cpu(), wanted, sequences, strict=True)
+    ]
 
 
 def uniform(seed: int, index: int, position: int) -> float:
