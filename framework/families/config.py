@@ -53,7 +53,7 @@ def rope_of(config: Config, parameters: Mapping[str, Any] | None = None) -> Rope
     """Return the rotary parameters, from `rope_parameters` (newer) or `rope_theta` and `rope_scaling`."""
     given = parameters if parameters is not None else config.get("rope_parameters")
     scaling = dict(given or config.get("rope_scaling") or {})
-    theta = float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))
+    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = str(scaling.get("rope_type", scaling.get("type", "default")))
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise Refused(

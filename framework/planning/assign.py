@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 
@@ -40,18 +40,18 @@ def assign(
     """
     problems: list[Problem] = []
     matchers = []
-    for rule in rules:
+    for given in rules:
         try:
-            matchers.append((rule, compile_pattern(rule.pattern)))
+            matchers.append((given, compile_pattern(given.pattern)))
         except re.error as error:
             problems.append(
-                Problem("pattern-syntax", f"{rule.pattern} is not a regular expression: {error}", rule.where)
+                Problem("pattern-syntax", f"{given.pattern} is not a regular expression: {error}", given.where)
             )
     used: set[Rule] = set()
     assigned = []
     mismatches: dict[tuple[Rule, tuple[str, ...]], list[str]] = {}
     for module in modules:
-        rule = next((rule for rule, matches in matchers if matches(module.name)), None)
+        rule: Rule | None = next((r for r, matches in matchers if matches(module.name)), None)
         if rule is not None:
             used.add(rule)
         if module.kind is not Kind.LINEAR:
@@ -63,15 +63,15 @@ def assign(
             mismatches.setdefault((rule, served), []).append(module.name)
             scheme = served[0]
         assigned.append(Assigned(module, scheme, rule))
-    for (rule, served), names in mismatches.items():
-        problems.append(_mismatch(rule, served, names, index))
-    for rule, matches in matchers:
-        if rule not in used:
-            problems.append(_unused(rule, [m.name for m in modules if matches(m.name)], modules))
+    for (wrong, served), names in mismatches.items():
+        problems.append(_mismatch(wrong, served, names, index))
+    for idle, matches in matchers:
+        if idle not in used:
+            problems.append(_unused(idle, [m.name for m in modules if matches(m.name)], modules))
     return assigned, problems
 
 
-def compile_pattern(pattern: str):  # noqa: ANN201 - a bound method of re.Pattern
+def compile_pattern(pattern: str) -> Callable[[str], object]:
     """Return a predicate over module names: a glob, or a regular expression after `re:` (whole name).
 
     Raises:

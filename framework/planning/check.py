@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,8 @@ from framework.capability.judge import judge
 from framework.capability.table import Table
 from framework.checkpoint.index import Index
 from framework.checkpoint.ledger import Ledger, settle
-from framework.errors import Problem
+from framework.checkpoint.safetensors import read_json
+from framework.errors import InputError, Problem
 from framework.families.base import DecoderSpec, modules
 from framework.families.config import describe
 from framework.families.gguf import describe_gguf
@@ -112,9 +112,9 @@ def check(recipe: Recipe, index: Index, table: Table) -> Checked:
     if isinstance(cuts, Problem):
         where = recipe.origins.get("parallel.tp_size", "")
         problems.append(replace(cuts, where=f"parallel.tp_size={recipe.parallel.tp_size}  ({where})"))
-        cuts = None
     return Checked(
-        recipe, index, table, format_name, evidence, spec, layout, tuple(assigned), rows, row_of, ledger, cuts,
+        recipe, index, table, format_name, evidence, spec, layout, tuple(assigned), rows, row_of, ledger,
+        None if isinstance(cuts, Problem) else cuts,
         tuple(problems), index.notes,
     )  # fmt: skip
 
@@ -123,10 +123,21 @@ def describe_checkpoint(index: Index) -> DecoderSpec:
     """Return the decoder that a checkpoint holds."""
     if index.container == "gguf":
         return describe_gguf(index)
-    spec = describe(index.config or {})
+    if index.config is None:
+        raise InputError(
+            Problem(
+                "config-missing",
+                "the checkpoint has no config.json",
+                str(index.root),
+                "the architecture and its shapes are in it",
+                "put the config.json that was published with the weights beside them",
+            )
+        )
+    spec = describe(index.config)
     path = Path(index.root) / "generation_config.json"
-    if path.is_file():
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    given = read_json(path) if path.is_file() else None
+    if isinstance(given, dict):
+        eos = given.get("eos_token_id")
         more = eos if isinstance(eos, list) else [] if eos is None else [eos]
         spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, *more))))
     return spec
@@ -138,7 +149,7 @@ def _rules(recipe: Recipe) -> list[Rule]:
         Rule(
             rule.pattern,
             rule.scheme,
-            origin.get(f"quantization.layers[{i}]", origin.get("quantization.layers", "")),
+            origin.get(f"quantization.layers[{i}]", origin.get("quantization.layers", "quantization.layers")),
         )
         for i, rule in enumerate(recipe.quantization.layers)
     ]

@@ -32,15 +32,15 @@ def roofline(plan: Plan, hardware: Hardware) -> dict[str, Any]:
     kv = [kv_bytes_per_token(plan.spec, rank.heads, plan.runtime.cache_dtype) for rank in plan.ranks]
     bandwidth = hardware.bandwidth_tb_s
     peak = hardware.peak_tflops.get("bf16")
-    step_s = [w / (bandwidth * 1e12) if bandwidth else None for w in weights]
     slowest = max(range(plan.tp_size), key=lambda r: weights[r])
+    step_s = weights[slowest] / (bandwidth * 1e12) if bandwidth else None
     return {
         "weight_bytes_per_token": weights,
         "kv_bytes_per_token_of_context": kv,
         "bandwidth_tb_s": bandwidth,
         "peak_tflops_bf16": peak,
-        "decode_s_at_best": step_s[slowest],
-        "decode_tok_s_at_best": 1 / step_s[slowest] if step_s[slowest] else None,
+        "decode_s_at_best": step_s,
+        "decode_tok_s_at_best": 1 / step_s if step_s else None,
         "prefill_tok_s_at_best": peak * 1e12 / (2 * touched[slowest]) if peak else None,
         "assumptions": [
             "batch 1, empty context, communication not counted",
