@@ -14,9 +14,13 @@ import multiprocessing as mp
 import os
 import statistics
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+Run = Callable[[list[int], int], tuple[float, float]]  # (ids, tokens) -> seconds to the first, median s a token
 
 PROMPT = [
     1,
@@ -43,13 +47,12 @@ PROMPT = [
 PREFILL_TOKENS = 512
 
 
-def ours(path: str, threads: int) -> Any:  # noqa: ANN401
-    """This project, bf16 activations, the file's own bits (w4a16 layers, w8a16 head)."""
+def load_ours(path: str, threads: int) -> Any:  # noqa: ANN401
+    """Load the quickstart's schemes (w4a16 layers, w8a16 head), bf16 activations, one rank."""
     import torch
 
     from framework.capability.table import read_table
     from framework.checkpoint.open import open_index
-    from framework.engine.request import Finished, Request, SamplingParams
     from framework.layers.group import Alone
     from framework.loading.load import load
     from framework.planning.check import check
@@ -58,15 +61,23 @@ def ours(path: str, threads: int) -> Any:  # noqa: ANN401
 
     torch.set_num_threads(threads)
     overrides = [
-        "recipe=quickstart", f'model.path="{path}"', "parallel.tp_size=1", "runtime.context=2048",
+        "recipe=quickstart",
+        f'model.path="{path}"',
+        "model.sha256=null",
+        "parallel.tp_size=1",
+        "runtime.context=2048",
         "runtime.max_batch=1",
-        f"runtime.threads={threads}", "model.sha256=null",
-    ]  # fmt: skip
-    recipe = compose(overrides)
-    table = read_table(conf_dir() / "capability", "default")
-    from pathlib import Path
+        f"runtime.threads={threads}",
+    ]
+    checked = check(compose(overrides), open_index(Path(path)), read_table(conf_dir() / "capability", "default"))
+    return load(make_plan(checked, "cpu"), Alone(), lambda done, total: None)
 
-    model = load(make_plan(check(recipe, open_index(Path(path)), table), "cpu"), Alone(), lambda done, total: None)
+
+def ours(path: str, threads: int) -> Run:
+    """This project."""
+    from framework.engine.request import Finished, Request, SamplingParams
+
+    model = load_ours(path, threads)
 
     def run(ids: list[int], tokens: int) -> tuple[float, float]:
         sampling = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
@@ -79,10 +90,34 @@ def ours(path: str, threads: int) -> Any:  # noqa: ANN401
     return run
 
 
-def hf(path: str, threads: int) -> Any:  # noqa: ANN401
-    """Transformers, the GGUF dequantized at load, bf16 eager."""
-    from pathlib import Path
+def floor(path: str, threads: int) -> Run:
+    """This project's matrix products alone, each layer's once a token in order: no attention, no norms, no loop."""
+    import torch
 
+    from framework.layers.linear import ParallelLinear
+
+    model = load_ours(path, threads)
+    columns = {m.module.name: m.module.shape[1] for m in model.plan.modules}
+    layers = [layer for layer in model.model.modules() if isinstance(layer, ParallelLinear)]
+    inputs = {k: torch.randn(1, k, dtype=torch.bfloat16) for k in columns.values()}
+
+    @torch.inference_mode()
+    def token() -> None:
+        for layer in layers:
+            layer(inputs[columns[layer.names[0]]])
+
+    def run(ids: list[int], tokens: int) -> tuple[float, float]:
+        stamps = [time.perf_counter()]
+        for _ in range(tokens):
+            token()
+            stamps.append(time.perf_counter())
+        return stamps[1] - stamps[0], _median_step(stamps)
+
+    return run
+
+
+def hf(path: str, threads: int) -> Run:
+    """Transformers, the GGUF dequantized at load, bf16 eager."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -104,7 +139,7 @@ def hf(path: str, threads: int) -> Any:  # noqa: ANN401
     return run
 
 
-def llama_cpp(path: str, threads: int) -> Any:  # noqa: ANN401
+def llama_cpp(path: str, threads: int) -> Run:
     """llama.cpp through llama-cpp-python."""
     import numpy as np
     from llama_cpp import Llama, llama_get_logits_ith
@@ -127,7 +162,7 @@ def llama_cpp(path: str, threads: int) -> Any:  # noqa: ANN401
     return run
 
 
-ENGINES = {"ours": ours, "transformers": hf, "llama.cpp": llama_cpp}
+ENGINES = {"ours": ours, "our matmuls": floor, "transformers": hf, "llama.cpp": llama_cpp}
 
 
 def _median_step(stamps: list[float]) -> float:
@@ -174,14 +209,19 @@ def main() -> None:
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             pipes[name].send((PROMPT, given.tokens))
             step_s = pipes[name].recv()[1]
+            if turn:
+                decode[name].append(1 / step_s)
+            if name == "our matmuls":
+                continue
             pipes[name].send((long_prompt, 1))
             first_s = pipes[name].recv()[0]
             if turn:
-                decode[name].append(1 / step_s)
                 prefill[name].append(PREFILL_TOKENS / first_s)
     for what, figures in (("decode", decode), (f"prefill {PREFILL_TOKENS}", prefill)):
         print(f"\n{what}, {given.threads} threads, {given.rounds} rounds, context {len(PROMPT)}")
         for name, speeds in figures.items():
+            if not speeds:
+                continue
             ratios = [a / b for a, b in zip(figures.get("ours", speeds), speeds, strict=True)]
             print(
                 f"  {name:<14}{statistics.median(speeds):8.1f} tok/s   ours / it {statistics.median(ratios):5.2f} "
