@@ -26,7 +26,8 @@ def run(recipe: Recipe) -> int:
                 Problem("job-option", f"job.{name} is not there yet", f"job.{name}", fix=f"leave job.{name} out")
             )
     # a plan is made for the recipe's tier, whatever machine makes it; only the reference mode is the CPU's own
-    on_cpu = recipe.runtime.device == "cpu" or recipe.runtime.dtype == "float32"
+    device = recipe.runtime.device
+    on_cpu = device == "cpu" or (recipe.runtime.dtype == "float32" and device != "npu")
     plan = make_plan(open_checked(recipe), "cpu" if on_cpu else "npu")
     run = run_dir.create(recipe, plan)
     document = plan.to_json()
