@@ -69,11 +69,11 @@ class Attention(nn.Module):
         cos, sin = step.rotary_local if self.local_rotary else step.rotary
         if self.q_norm is None or self.k_norm is None:
             rotated = ops.npu_rotary_mul(heads[:, :, : self.rotated], cos, sin)[0]
-            q, k = rotated[:, : self.heads], rotated[:, self.heads :]
+            q, k = rotated[:, : self.heads].contiguous(), rotated[:, self.heads :].contiguous()
         else:
             q = ops.npu_rotary_mul(self.q_norm(heads[:, :, : self.heads]), cos, sin)[0]
             k = ops.npu_rotary_mul(self.k_norm(heads[:, :, self.heads : self.rotated]), cos, sin)[0]
-        v = heads[0, :, self.rotated :]
+        v = heads[0, :, self.rotated :].contiguous()
         keys, values = cache
         ops._npu_reshape_and_cache(k, v, keys, values, step.slots)
         attended = self._attend(q, keys, values, step)
