@@ -6,12 +6,12 @@ import statistics
 import time
 from typing import Any
 
-from framework.cluster.session import Session, open_session
+from framework.cluster.session import Session
 from framework.engine.request import Finished, Request, SamplingParams
 from framework.errors import InputError, Problem
 from framework.jobs import run_dir
 from framework.jobs.common import emit, emit_json, options, resolve_device
-from framework.jobs.generate import load_with_progress
+from framework.jobs.ranks import started
 from framework.jobs.verify import plan_of
 from framework.planning.plan import Plan
 from framework.recipe.schema import Recipe
@@ -36,9 +36,7 @@ def run(recipe: Recipe) -> int:
             )
         )
     start = time.perf_counter()
-    with waiting("starting ranks") as say, open_session(recipe.cluster, plan) as session:
-        load_s = load_with_progress(session, plan, say, None)
-        say("measuring")
+    with started(recipe, plan) as (session, load_s), waiting("measuring"):
         _generate(session, plan, 1, prompt_tokens, 4)
         alone = [_generate(session, plan, 1, prompt_tokens, new_tokens)[1][0] for _ in range(REPEATS)]
         aggregate = {}

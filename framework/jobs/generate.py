@@ -7,17 +7,15 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from framework.cluster.session import Session, open_session
 from framework.engine.request import Finished, Request, SamplingParams, TokenEvent
 from framework.errors import Refused
 from framework.jobs import run_dir
 from framework.jobs.common import open_checked, options, resolve_device
 from framework.jobs.prompts import Prompt, read_prompts
+from framework.jobs.ranks import started
 from framework.planning.make import make_plan
-from framework.planning.plan import Plan
 from framework.recipe.schema import Recipe
 from framework.report.generate import closing, first_line, ready_line
-from framework.report.progress import transfer_progress, waiting
 from framework.text.tokenizer import load_tokenizer
 
 
@@ -32,11 +30,9 @@ def run(recipe: Recipe) -> int:
     tokenizer = load_tokenizer(checked.index)
     prompts = read_prompts(recipe, tokenizer, plan.runtime.context)
     run = run_dir.create(recipe, plan)
-    with waiting("starting ranks") as say, open_session(recipe.cluster, plan, log_dir=run.path) as session:
-        load_s = load_with_progress(session, plan, say, tokenizer.to_json())
+    with started(recipe, plan, tokenizer.to_json(), log_dir=run.path) as (session, load_s):
         held = session.call("bytes_held")
         _note(ready_line(load_s, held, plan.to_json()))
-        say("")
         stream = _Stream(run, prompts)
         begin = time.perf_counter()
         for events in session.stream("generate", requests(recipe, prompts)):
@@ -57,15 +53,6 @@ def run(recipe: Recipe) -> int:
     results = [stream.results[i] for i in range(len(prompts))]
     _note(closing(results, metrics, plan.to_json(), str(run.path / "results.jsonl")))
     return 0
-
-
-def load_with_progress(session: Session, plan: Plan, say: Any, tokenizer_json: str | None) -> float:  # noqa: ANN401
-    """Load the plan on all ranks; returns seconds."""
-    begin = time.perf_counter()
-    say("loading")
-    with transfer_progress() as report:
-        session.load(plan, tokenizer_json, lambda done, total: report("load", done, total))
-    return time.perf_counter() - begin
 
 
 def requests(recipe: Recipe, prompts: list[Prompt]) -> list[Request]:

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from framework.cluster.session import open_session
 from framework.errors import InputError, Problem, Refused
 from framework.geometry import Split
 from framework.jobs import run_dir
 from framework.jobs.common import emit, emit_json, open_checked, options, resolve_device
 from framework.jobs.compare import compare
-from framework.jobs.generate import load_with_progress
+from framework.jobs.ranks import started
 from framework.jobs.reference import Reference, read_reference
 from framework.planning.make import make_plan
 from framework.planning.plan import Plan
@@ -80,9 +79,7 @@ def plan_of(recipe: Recipe) -> Plan:
 
 def scores(recipe: Recipe, plan: Plan, prompts: Sequence[list[int]]) -> list[Array]:
     """Load the plan and return the logits [T, vocab] of all positions of each prompt."""
-    with waiting("starting ranks") as say, open_session(recipe.cluster, plan) as session:
-        load_with_progress(session, plan, say, None)
-        say("computing logits")
+    with started(recipe, plan) as (session, _), waiting("computing logits"):
         return [session.call("score", ids)[0] for ids in prompts]
 
 
@@ -161,8 +158,7 @@ def _trace(recipe: Recipe, plan: Plan, ids: list[int]) -> dict[str, Array]:
     """Run one prompt and return each linear module's whole output [T, N], put together from the ranks'."""
     import numpy as np
 
-    with waiting("tracing modules") as say, open_session(recipe.cluster, plan) as session:
-        load_with_progress(session, plan, say, None)
+    with started(recipe, plan) as (session, _), waiting("tracing modules"):
         parts = session.call("trace", ids)
     outputs = {}
     for planned in plan.modules:

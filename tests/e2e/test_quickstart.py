@@ -101,7 +101,7 @@ def test_the_main_command_streams_an_answer_and_leaves_a_complete_run_directory(
         "index", "prompt", "text", "token_ids", "finish_reason", "prompt_tokens", "ttft_s", "tok_s"
     ]  # fmt: skip
     assert done.stdout.strip() == result["text"].strip()  # piped: the text alone
-    assert "sky" in result["text"]
+    assert "Paris" in result["text"]
     for name in ("recipe.yaml", "overrides.txt", "plan.json", "log.txt", "versions.json", "metrics.json"):
         assert (tmp_path / "run" / name).is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
