@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from framework import ops
 from framework.layers.linear import ParallelLinear
 from framework.layers.norm import RMSNorm
+from framework.layers.submodules import find_submodules_directly
 
 PAGE_TOKENS = 128
 WHOLE = 2147483647
@@ -57,23 +58,23 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norms if norms else (None, None)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.q_size, self.kv_size = heads * head_dim, kv_heads * head_dim
-        self.rotated = heads + kv_heads
         self.scale = scale
         self.window = window
         self.local_rotary = local_rotary
+        find_submodules_directly(self)
 
     def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, Tensor]) -> Tensor:
         """[T, H] -> [T, H]; writes this step's keys and values into `cache` ([pages, 128, kv_heads, D] each)."""
-        tokens = x.shape[0]
-        heads = self.qkv_proj(x).view(1, tokens, -1, self.head_dim)
+        tokens, heads, kv_heads = x.shape[0], self.heads, self.kv_heads
+        qkv = self.qkv_proj(x).view(1, tokens, -1, self.head_dim)
         cos, sin = step.rotary_local if self.local_rotary else step.rotary
         if self.q_norm is None or self.k_norm is None:
-            rotated = ops.npu_rotary_mul(heads[:, :, : self.rotated], cos, sin)[0]
-            q, k = rotated[:, : self.heads].contiguous(), rotated[:, self.heads :].contiguous()
+            rotated = ops.npu_rotary_mul(qkv.narrow(2, 0, heads + kv_heads), cos, sin).squeeze(0)
+            q, k = rotated.narrow(1, 0, heads).contiguous(), rotated.narrow(1, heads, kv_heads).contiguous()
         else:
-            q = ops.npu_rotary_mul(self.q_norm(heads[:, :, : self.heads]), cos, sin)[0]
-            k = ops.npu_rotary_mul(self.k_norm(heads[:, :, self.heads : self.rotated]), cos, sin)[0]
-        v = heads[0, :, self.rotated :].contiguous()
+            q = ops.npu_rotary_mul(self.q_norm(qkv.narrow(2, 0, heads)), cos, sin).squeeze(0)
+            k = ops.npu_rotary_mul(self.k_norm(qkv.narrow(2, heads, kv_heads)), cos, sin).squeeze(0)
+        v = qkv.squeeze(0).narrow(1, heads + kv_heads, kv_heads).contiguous()
         keys, values = cache
         ops._npu_reshape_and_cache(k, v, keys, values, step.slots)
         attended = self._attend(q, keys, values, step)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from framework import ops
 from framework.layers.linear import ParallelLinear
+from framework.layers.submodules import find_submodules_directly
 
 
 class GatedMLP(nn.Module):
@@ -15,6 +16,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj, self.down_proj = gate_up, down
         self.activation = activation
+        find_submodules_directly(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""

@@ -16,6 +16,7 @@ from framework.layers.linear import ParallelLinear
 from framework.layers.mlp import GatedMLP
 from framework.layers.norm import RMSNorm
 from framework.layers.rotary import RotaryTable
+from framework.layers.submodules import find_submodules_directly
 
 
 class Weights(Protocol):
@@ -86,6 +87,7 @@ class DecoderLayer(nn.Module):
             spec.activation,
         )
         self.post_feedforward_layernorm = norm("post_feedforward_layernorm") if spec.post_norms else None
+        find_submodules_directly(self)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, step: Step, cache: tuple[Tensor, Tensor]
