@@ -1,0 +1,28 @@
+"""Ranks started and loaded, with progress: how every job that runs a model begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from framework.cluster.session import Session, open_session
+from framework.planning.plan import Plan
+from framework.recipe.schema import Recipe
+from framework.report.progress import transfer_progress, waiting
+
+
+@contextmanager
+def started(
+    recipe: Recipe, plan: Plan, tokenizer_json: str | None = None, *, log_dir: Path | None = None
+) -> Iterator[tuple[Session, float]]:
+    """Start the ranks of a plan and load it, saying what is waited for; yield the session and the load's seconds."""
+    with ExitStack() as stack:
+        with waiting("starting ranks"):
+            session = stack.enter_context(open_session(recipe.cluster, plan, log_dir=log_dir))
+        begin = time.perf_counter()
+        with transfer_progress() as report:
+            report("load", 0, 0)
+            session.load(plan, tokenizer_json, lambda done, total: report("load", done, total))
+        yield session, time.perf_counter() - begin
