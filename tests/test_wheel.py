@@ -23,7 +23,8 @@ def test_an_installed_wheel_checks_the_quickstart(tmp_path):
     wheel = next(tmp_path.glob("npu_launch-*.whl"))
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    code = "import framework, sys; from framework.cli import main; print(framework.__file__); sys.exit(main(sys.argv[1:]))"
+    code = "import framework, sys; from framework.cli import main\n"
+    code += "print(framework.__file__, flush=True); sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", code, "recipe=quickstart", "job=check"],
         capture_output=True, text=True, cwd=tmp_path, check=False, env={**os.environ, "PYTHONPATH": str(site)},

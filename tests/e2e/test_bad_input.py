@@ -85,7 +85,8 @@ CASES = {
     "truncated gguf": (lambda t: [f"model.path={gguf_with(t, truncate)}", CHECK], 2, "file-truncated", "m.gguf"),
     "unknown gguf type": (lambda t: [f"model.path={gguf_with(t, unknown_type)}", CHECK], 1, "gguf-type", "99"),
     "missing tensor": (
-        lambda t: [f"model.path={base(t, drop('model.norm.weight'))}", CHECK], 1, "tensor-missing", "model.norm.weight"),
+        lambda t: [f"model.path={base(t, drop('model.norm.weight'))}", CHECK], 1,
+        "tensor-missing", "model.norm.weight"),
     "renamed tensor": (
         lambda t: [f"model.path={base(t, rename('model.norm.weight', 'model.nrom.weight'))}", CHECK], 1,
         "tensor-unexpected", "model.nrom.weight"),
@@ -111,7 +112,8 @@ CASES = {
     "prompt longer than the context": (
         lambda t: [f"model.path={GGUF}", "runtime.context=4", 'job.prompts=["one two three four five six seven"]'], 2,
         "prompt-too-long", "context"),
-    "nothing to verify against": (lambda t: [f"model.path={GGUF}", "job=verify"], 2, "reference-missing", "job.against"),
+    "nothing to verify against": (lambda t: [f"model.path={GGUF}", "job=verify"], 2, "reference-missing",
+                                  "job.against"),
     "reference that is no archive": (
         lambda t: [f"model.path={GGUF}", "job=verify", f"job.reference={GGUF}"], 2, "reference-key", "prompt0.logits"),
     "wrong sha256": (
