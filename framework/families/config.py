@@ -18,7 +18,8 @@ def describe(config: Config) -> DecoderSpec:
         Refused: `architecture-unsupported`, with the supported ones; `rope-unsupported`.
         InputError: `config-key` when the config lacks a key that its family needs or has a wrong type.
     """
-    architecture = (list(config.get("architectures") or []) or [str(config.get("model_type"))])[0]
+    given = config.get("architectures") or [config.get("model_type")]
+    architecture = str(given if isinstance(given, str) else given[0])
     build = FAMILIES.get(architecture)
     if build is None:
         like = nearest(architecture, FAMILIES)
@@ -32,7 +33,9 @@ def describe(config: Config) -> DecoderSpec:
             )
         )
     try:
-        return build(architecture, config)
+        spec = build(architecture, config)
+        _consistent(spec)
+        return spec
     except KeyError as error:
         raise InputError(
             Problem(
@@ -43,10 +46,60 @@ def describe(config: Config) -> DecoderSpec:
                 "use the config.json that was published with the weights",
             )
         ) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(
             Problem("config-value", f"a value in the config is unusable: {error}", "config.json")
         ) from error
+
+
+def _consistent(spec: DecoderSpec) -> None:
+    """Refuse shapes that cannot be.
+
+    Raises:
+        ValueError: in words for the user.
+    """
+    sizes = {
+        "num_hidden_layers": spec.layers,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.intermediate,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab,
+        "max_position_embeddings": spec.context,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}")
+    if spec.heads % spec.kv_heads:
+        raise ValueError(f"{spec.heads} query heads are no multiple of {spec.kv_heads} KV heads")
+    if len(spec.windows) != spec.layers:
+        raise ValueError(f"layer_types has {len(spec.windows)} entries for {spec.layers} layers")
+    if not all(isinstance(token, int) for token in spec.eos_ids):
+        raise ValueError("eos_token_id is not a token id")
+
+
+def _refuse_other_maths(config: Config, activations: tuple[str, ...]) -> None:
+    """Refuse switches that would change the result and are not computed here."""
+    activation = config.get("hidden_activation") or config.get("hidden_act") or activations[0]
+    found = []
+    if activation not in activations:
+        found.append(f"activation {activation}")
+    rope = config.get("rope_parameters") or {}
+    if float(config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        found.append("partial_rotary_factor")
+    found += [name for name in ("attn_logit_softcapping", "final_logit_softcapping") if config.get(name)]
+    found += [name for name in ("use_bidirectional_attention",) if config.get(name)]
+    if found:
+        raise Refused(
+            Problem(
+                "architecture-unsupported",
+                f"the config asks for {', '.join(found)}, which cannot be run yet",
+                "config.json",
+                f"this family is run with activation {activations[0]} and full rotary embeddings, without softcapping",
+                "use a checkpoint without it",
+            )
+        )
 
 
 def rope_of(config: Config, parameters: Mapping[str, Any] | None = None) -> Rope:
@@ -65,6 +118,14 @@ def rope_of(config: Config, parameters: Mapping[str, Any] | None = None) -> Rope
             )
         )
 
+    original = int(scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 0)
+    if kind == "yarn" and scaling.get("factor") is None and original:
+        scaling["factor"] = float(config["max_position_embeddings"]) / original
+    if kind != "default" and scaling.get("factor") is None:
+        raise KeyError("rope_scaling.factor")
+    if "full_attention" in scaling:
+        raise ValueError("rope_parameters per layer type are read for Gemma 3 only")
+
     def number(name: str, default: float) -> float:
         value = scaling.get(name)
         return default if value is None else float(value)
@@ -73,9 +134,7 @@ def rope_of(config: Config, parameters: Mapping[str, Any] | None = None) -> Rope
         theta=theta,
         kind=kind,
         factor=number("factor", 1.0),
-        original_context=int(
-            scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 0
-        ),
+        original_context=original,
         low_freq_factor=number("low_freq_factor", 1.0),
         high_freq_factor=number("high_freq_factor", 4.0),
         beta_fast=number("beta_fast", 32.0),
@@ -87,7 +146,10 @@ def rope_of(config: Config, parameters: Mapping[str, Any] | None = None) -> Rope
     )
 
 
-def _common(architecture: str, family: str, config: Config) -> dict[str, Any]:
+def _common(
+    architecture: str, family: str, config: Config, activations: tuple[str, ...] = ("silu", "swish")
+) -> dict[str, Any]:
+    _refuse_other_maths(config, activations)
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     eos = config.get("eos_token_id")
@@ -149,12 +211,15 @@ def _qwen3(architecture: str, config: Config) -> DecoderSpec:
 def _gemma3(architecture: str, config: Config) -> DecoderSpec:
     text = dict(config.get("text_config") or config)
     text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", True))
+    # what the published configs leave out are transformers' class defaults
+    text.setdefault("max_position_embeddings", 131072)
     text.setdefault("head_dim", 256)
     text.setdefault("num_attention_heads", 8)
     text.setdefault("num_key_value_heads", 4)
     text.setdefault("vocab_size", 262208)
     text.setdefault("eos_token_id", config.get("eos_token_id"))
-    common = _common(architecture, "gemma3", text)
+    flat = {key: value for key, value in text.items() if key not in ("rope_parameters", "rope_scaling")}
+    common = _common(architecture, "gemma3", flat, ("gelu_pytorch_tanh", "gelu_tanh"))
     layers, window = common["layers"], text.get("sliding_window", 4096)
     types = text.get("layer_types")
     pattern = int(text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or 6)

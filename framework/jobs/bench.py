@@ -36,7 +36,8 @@ def run(recipe: Recipe) -> int:
             )
         )
     start = time.perf_counter()
-    with started(recipe, plan) as (session, load_s), waiting("measuring"):
+    run = run_dir.create(recipe, plan)
+    with started(recipe, plan, log_dir=run.path) as (session, load_s), waiting("measuring"):
         _generate(session, plan, 1, prompt_tokens, 4)
         alone = [_generate(session, plan, 1, prompt_tokens, new_tokens)[1][0] for _ in range(REPEATS)]
         aggregate = {}
@@ -53,7 +54,6 @@ def run(recipe: Recipe) -> int:
         "load_s": load_s,
         "bytes_per_rank": held,
     }
-    run = run_dir.create(recipe, plan)
     run.write_json("bench.json", document)
     run.write_json("metrics.json", document | {"total_s": time.perf_counter() - start})
     facts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "device": resolve_device(recipe)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def compare(ours: Array, reference: Array) -> dict[str, float | int]:
-    """Compare logits [T, vocab]; a NaN or Inf on our side makes every distance infinite.
+    """Compare logits [T, vocab]; a NaN or Inf on our side makes every distance the largest number there is.
 
     rel_l2 is over all logits; cosine the mean over positions; kl the mean over positions of KL(reference || ours)
     in nats; top1 the share of positions with the same largest logit.
@@ -20,7 +21,7 @@ def compare(ours: Array, reference: Array) -> dict[str, float | int]:
 
     a, b = ours.astype(np.float64), reference.astype(np.float64)
     if not np.isfinite(a).all():
-        inf = float("inf")
+        inf = sys.float_info.max  # JSON has no infinity
         return {
             "tokens": len(b),
             "max_abs": inf,
@@ -37,7 +38,7 @@ def compare(ours: Array, reference: Array) -> dict[str, float | int]:
         "tokens": len(b),
         "max_abs": float(difference.max()),
         "mean_abs": float(difference.mean()),
-        "rel_l2": float(np.linalg.norm(a - b) / np.linalg.norm(b)),
+        "rel_l2": float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300)),
         "cosine": float(np.mean((a * b).sum(1) / np.maximum(norms, 1e-300))),
         "kl": float(np.mean((np.exp(log_p) * (log_p - log_q)).sum(1))),
         "top1": float(np.mean(a.argmax(1) == b.argmax(1))),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from framework.engine.request import Finished, Request, SamplingParams, TokenEvent
@@ -65,7 +65,8 @@ def requests(recipe: Recipe, prompts: list[Prompt]) -> list[Request]:
         top_p=float(chosen["top_p"]),
         min_p=float(chosen["min_p"]),
         repetition_penalty=float(chosen["repetition_penalty"]),
-        stop=tuple(chosen["stop"]),
+        stop=tuple(stop for stop in chosen["stop"] if isinstance(stop, str)),
+        stop_ids=tuple(stop for stop in chosen["stop"] if isinstance(stop, int)),
         seed=int(recipe.runtime.seed),
         logprobs=int(chosen["logprobs"]),
     )
@@ -80,12 +81,15 @@ class _Stream:
     prompts: list[Prompt]
     results: dict[int, dict[str, Any]] = field(default_factory=dict)
     waiting: dict[int, list[str]] = field(default_factory=dict)
+    logprobs: dict[int, list[Any]] = field(default_factory=dict)
     current: int = 0
 
     def take(self, events: list[TokenEvent | Finished]) -> None:
         for event in events:
             if isinstance(event, TokenEvent):
                 self._text(event.index, event.text)
+                if event.logprobs is not None:
+                    self.logprobs.setdefault(event.index, []).append(asdict(event.logprobs))
             else:
                 self._finish(event)
         sys.stdout.flush()
@@ -107,6 +111,8 @@ class _Stream:
             "ttft_s": event.ttft_s,
             "tok_s": event.tok_s,
         }
+        if event.index in self.logprobs:
+            self.results[event.index]["logprobs"] = self.logprobs.pop(event.index)
         while self.current in self.results:
             self.run.append_line("results.jsonl", self.results[self.current])
             sys.stdout.write("\n")

@@ -67,43 +67,62 @@ def read_prompts(recipe: Recipe, tokenizer: Tokenizer, context: int) -> list[Pro
 def _encode(entry: str | list[dict[str, Any]], tokenizer: Tokenizer, as_chat: bool) -> Prompt:
     if isinstance(entry, str) and not as_chat:
         return Prompt(entry, tokenizer.encode(entry, add_special=True))
+    if not as_chat or tokenizer.chat_template is None:
+        raise InputError(
+            Problem(
+                "chat-template",
+                "messages can only be put together by a chat template",
+                "job.prompt_file",
+                "the model has none" if tokenizer.chat_template is None else "job.chat is false",
+                'give {"prompt": "..."} lines' if tokenizer.chat_template is None else "job.chat=auto",
+            )
+        )
     messages = [{"role": "user", "content": entry}] if isinstance(entry, str) else entry
-    text = render_chat(
-        tokenizer.chat_template or "", messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
-    )
+    text = render_chat(tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
     shown = entry if isinstance(entry, str) else str(messages[-1].get("content", ""))
     return Prompt(shown, tokenizer.encode(text, add_special=False))
 
 
 def _from_file(path: Path) -> list[str | list[dict[str, Any]]]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            Problem(
-                "prompt-file",
-                f"the prompt file cannot be read: {error}",
-                str(path),
-                fix="job.prompt_file=FILE",
-            )
+            Problem("prompt-file", f"the prompt file cannot be read: {error}", str(path), fix="job.prompt_file=FILE")
         ) from error
+    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix != ".jsonl":
-        return list(lines)
+        return [line for _, line in numbered]
     entries: list[str | list[dict[str, Any]]] = []
     problems = []
-    for number, line in enumerate(lines, 1):
-        try:
-            data = json.loads(line)
-            entries.append(data["messages"] if "messages" in data else data["prompt"])
-        except (ValueError, KeyError, TypeError):
+    for number, line in numbered:
+        entry = _entry(line)
+        if entry is None:
             problems.append(
                 Problem(
                     "prompt-file",
-                    "a line is not a JSON object with prompt or messages",
+                    "a line is not a JSON object with a prompt or messages",
                     f"{path}:{number}",
                     fix='{"prompt": "..."}   or   {"messages": [{"role": "user", "content": "..."}]}',
                 )
             )
+        else:
+            entries.append(entry)
     if problems:
         raise InputError(problems)
     return entries
+
+
+def _entry(line: str) -> str | list[dict[str, Any]] | None:
+    """Return the prompt or the messages of one JSON line, None if it holds neither."""
+    try:
+        data = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(data, dict):
+        return None
+    messages = data.get("messages")
+    if isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages):
+        return messages
+    prompt = data.get("prompt")
+    return prompt if isinstance(prompt, str) and messages is None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,16 +67,13 @@ def _npz(path: Path) -> dict[str, Any]:
     import numpy as np
 
     try:
+        with zipfile.ZipFile(path):  # an array alone, or a pickle, is no archive
+            pass
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
-            Problem(
-                "reference-file",
-                f"the reference cannot be read: {error}",
-                str(path),
-                "only plain arrays are read",
-            )
+            Problem("reference-file", f"the reference cannot be read: {error}", str(path), "only plain arrays are read")
         ) from error
 
 

@@ -58,7 +58,7 @@ class RunDirectory:
         target = self.path / name
         try:
             with target.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(data, ensure_ascii=False) + "\n")
+                file.write(mask_secrets(json.dumps(data, ensure_ascii=False)) + "\n")
         except OSError as error:
             raise _unwritable(target, error) from error
 
@@ -82,6 +82,8 @@ def create(recipe: Recipe, plan: Plan | None) -> RunDirectory:
                 "run.dir=/a/folder/you/can/write",
             )
         ) from error
+    for stale in ("metrics.json", "results.jsonl"):
+        (path / stale).unlink(missing_ok=True)  # of an earlier run in the same folder
     run = RunDirectory(path)
     run.write("recipe.yaml", yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True))
     run.write("overrides.txt", "\n".join(recipe.overrides) + "\n")
@@ -91,6 +93,9 @@ def create(recipe: Recipe, plan: Plan | None) -> RunDirectory:
     handler = logging.FileHandler(path / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logger = logging.getLogger("framework")
+    for old in list(logger.handlers):  # of an earlier run of a sweep
+        logger.removeHandler(old)
+        old.close()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -114,7 +119,7 @@ def _path(recipe: Recipe) -> Path:
     if asked not in (None, "auto"):
         return Path(asked).expanduser().absolute()
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    base = Path.cwd() / "runs" / Path(recipe.name).name
+    base = Path.cwd() / "runs" / (Path(recipe.name).stem if Path(recipe.name).is_absolute() else recipe.name)
     path, number = base / stamp, 1
     while path.exists():
         number += 1

@@ -39,6 +39,7 @@ def run(recipe: Recipe) -> int:
     chosen = options(recipe)
     plan = plan_of(recipe)
     references = _references(recipe, plan)
+    run = run_dir.create(recipe, plan)
     logits = scores(recipe, plan, [r.ids for r in references])
     prompts = [_compare(ours, r) for ours, r in zip(logits, references, strict=True)]
     largest = max(float(abs(r.logits).max()) for r in references)
@@ -55,7 +56,6 @@ def run(recipe: Recipe) -> int:
     }
     if chosen["per_module"]:
         document["modules"] = _per_module(recipe, plan, references[0].ids)
-    run = run_dir.create(recipe, plan)
     run.write_json("verify.json", document)
     run.write_json("metrics.json", {"total_s": time.perf_counter() - start, "ok": document["ok"]})
     against = chosen["reference"] or chosen["against"]
@@ -110,14 +110,15 @@ def _references(recipe: Recipe, plan: Plan) -> list[Reference]:
         )
     given = read_reference(Path(chosen["reference"]), chosen["logits_key"]) if chosen["reference"] else []
     for i, reference in enumerate(given):
-        if max(reference.ids) >= plan.spec.vocab or len(reference.ids) > plan.runtime.context:
+        ids = reference.ids or [-1]
+        if not 0 <= min(ids) <= max(ids) < plan.spec.vocab or len(ids) > plan.runtime.context:
             raise InputError(
                 Problem(
                     "reference-mismatch",
                     f"prompt {i} of the reference does not fit the model",
                     "job.reference",
-                    f"{len(reference.ids)} tokens of a context of {plan.runtime.context}, largest id "
-                    f"{max(reference.ids)} of {plan.spec.vocab}",
+                    f"{len(reference.ids)} tokens of a context of {plan.runtime.context}, ids "
+                    f"{min(ids)} to {max(ids)} of {plan.spec.vocab}",
                 )
             )
     if not chosen["against"]:
