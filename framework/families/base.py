@@ -13,7 +13,7 @@ from framework.geometry import Kind, Module, Split
 class Rope:
     """Rotary embedding. `kind` is default, linear, llama3 or yarn; the rest parametrises it.
 
-    `frequency_divisors` (one per rotated pair) is what a GGUF stores instead of llama3 parameters.
+    `from_file`: the checkpoint stores a divisor per rotated pair instead of llama3 parameters (GGUF).
     """
 
     theta: float = 10000.0

@@ -164,7 +164,7 @@ def _common(
         "head_dim": head_dim,
         "vocab": int(config["vocab_size"]),
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "context": int(config.get("max_position_embeddings") or 2048),
+        "context": int(config["max_position_embeddings"]),
         "rope": rope_of(config),
         "windows": (None,) * int(config["num_hidden_layers"]),
         "tied": bool(config.get("tie_word_embeddings", False)),

@@ -108,7 +108,7 @@ def check(recipe: Recipe, index: Index, table: Table) -> Checked:
     ledger = settle(index, expected, layout.ignorable)
     grains = {a.module.name: layout.grain(a.module, a.scheme, index) for a in assigned}
     cuts = cut(all_modules, grains, spec.heads, spec.kv_heads, recipe.parallel.tp_size)
-    problems += row_problems + list(ledger.problems) + _other_problems(recipe)
+    problems += row_problems + list(ledger.problems) + _other_problems(recipe, spec)
     if isinstance(cuts, Problem):
         where = recipe.origins.get("parallel.tp_size", "")
         problems.append(replace(cuts, where=f"parallel.tp_size={recipe.parallel.tp_size}  ({where})"))
@@ -189,8 +189,39 @@ def _judge_all(
     return tuple(uses), row_of, problems
 
 
-def _other_problems(recipe: Recipe) -> list[Problem]:
+def _other_problems(recipe: Recipe, spec: DecoderSpec) -> list[Problem]:
     problems = []
+    if recipe.runtime.dtype == "float32" and recipe.runtime.device == "npu":
+        problems.append(
+            Problem(
+                "dtype-device",
+                "float32 is the reference mode of the CPU, this recipe asks for NPUs",
+                recipe.origins.get("runtime.dtype", "runtime.dtype"),
+                "the NPU ops of the quantized layers take float16 and bfloat16",
+                "runtime.dtype=bfloat16   or   runtime.device=cpu",
+            )
+        )
+    context = recipe.runtime.context
+    if context not in (None, "auto") and int(context) > spec.context:
+        problems.append(
+            Problem(
+                "context",
+                f"a context of {int(context)} tokens was asked, the model has {spec.context}",
+                recipe.origins.get("runtime.context", "runtime.context"),
+                "positions beyond the model's context give garbage",
+                f"runtime.context={spec.context}",
+            )
+        )
+    if recipe.model.assume is not None:
+        problems.append(
+            Problem(
+                "assume-not-yet",
+                "model.assume cannot be used yet",
+                recipe.origins.get("model.assume", "model.assume"),
+                "recipes are checked against the headers of a real checkpoint",
+                "leave model.assume out and give model.path",
+            )
+        )
     if recipe.quantization.online:
         problems.append(
             Problem(

@@ -6,13 +6,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from framework.errors import InputError, Problem, Refused
+from framework.errors import Problem, Refused
 from framework.geometry import Rect
 from framework.planning.check import Checked
 from framework.planning.memory import (
     PAGE_TOKENS,
-    is_read_every_token,
-    kv_bytes_per_token,
     module_bytes,
     page_bytes,
     workspace_bytes,
@@ -34,7 +32,6 @@ def make_plan(checked: Checked, device: str) -> Plan:
 
     Raises:
         Refused: the check's problems; `memory`, a rank does not fit; `dtype-device`.
-        InputError: `context`, the asked context is longer than the model's.
     """
     if checked.problems:
         raise Refused(checked.problems)
@@ -101,16 +98,6 @@ def _context(checked: Checked) -> int:
     asked = checked.recipe.runtime.context
     if asked in (None, "auto"):
         return min(checked.spec.context, AUTO_CONTEXT)
-    if int(asked) > checked.spec.context:
-        raise InputError(
-            Problem(
-                "context",
-                f"a context of {int(asked)} tokens was asked, the model has {checked.spec.context}",
-                checked.recipe.origins.get("runtime.context", "runtime.context"),
-                "positions beyond the model's context give garbage",
-                f"runtime.context={checked.spec.context}",
-            )
-        )
     return int(asked)
 
 
@@ -213,6 +200,3 @@ def _imbalance(cuts: Cuts, kv_heads: int) -> list[str]:
     if len(queries) > kv_heads:
         notes.append(f"{len(queries)} ranks share {kv_heads} KV heads: each rank holds a copy of one")
     return notes
-
-
-__all__ = ["held_bytes", "is_read_every_token", "kv_bytes_per_token", "make_plan"]

@@ -106,7 +106,7 @@ CASES = {
     "fp32 on an npu": (lambda t: [f"model.path={GGUF}", "job=plan", "runtime.device=npu", "runtime.dtype=float32"], 1,
                        "dtype-device", "bfloat16"),
     "does not fit": (lambda t: [f"model.path={GGUF}", "job=plan", "runtime.max_batch=1000000000"], 1, "memory", "GiB"),
-    "context beyond the model": (lambda t: [f"model.path={GGUF}", "job=plan", "runtime.context=99999999"], 2,
+    "context beyond the model": (lambda t: [f"model.path={GGUF}", "job=plan", "runtime.context=99999999"], 1,
                                  "context", "runtime.context="),
     "nothing to generate from": (lambda t: [f"model.path={GGUF}"], 2, "prompts-missing", "job.prompts"),
     "prompt longer than the context": (
