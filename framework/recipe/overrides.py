@@ -69,6 +69,16 @@ def prepare(given: Sequence[str], *, multirun: bool = False, running: bool = Tru
         if len(line.corrected) and all(line.corrected.values()):
             line.problems[-1] = _with_command(line, program)
         raise InputError(line.problems)
+    if any(str(o.key_or_group).startswith("model.assume") and o.value() is not None for o in line.parsed.values()):
+        raise InputError(
+            Problem(
+                "assume-not-yet",
+                "model.assume cannot be used yet",
+                "command line",
+                "recipes are checked against the headers of a real checkpoint",
+                "leave model.assume out and give model.path",
+            )
+        )
     if running:
         _recipe_needed(line)
     return [_ready(override, text) for override, text in zip(line.parsed.values(), line.given, strict=True)]

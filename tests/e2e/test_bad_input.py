@@ -72,6 +72,12 @@ def unknown_type(raw):
     struct.pack_into("<I", raw, at + 4 + 8 * dims, 99)
 
 
+def jsonl(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('\n{"prompt": "fine"}\n{"messages": []}\n')
+    return path
+
+
 def truncate(raw):
     del raw[len(raw) // 2 :]
 
@@ -108,6 +114,10 @@ CASES = {
     "does not fit": (lambda t: [f"model.path={GGUF}", "job=plan", "runtime.max_batch=1000000000"], 1, "memory", "GiB"),
     "context beyond the model": (lambda t: [f"model.path={GGUF}", "job=plan", "runtime.context=99999999"], 1,
                                  "context", "runtime.context="),
+    "an assumption instead of a file": (
+        lambda t: [f"model.path={GGUF}", CHECK, "model.assume={config: x.json}"], 2, "assume-not-yet", "model.path"),
+    "messages without an author": (
+        lambda t: [f"model.path={GGUF}", f"job.prompt_file={jsonl(t)}"], 2, "prompt-file", "p.jsonl:3"),
     "nothing to generate from": (lambda t: [f"model.path={GGUF}"], 2, "prompts-missing", "job.prompts"),
     "prompt longer than the context": (
         lambda t: [f"model.path={GGUF}", "runtime.context=4", 'job.prompts=["one two three four five six seven"]'], 2,
