@@ -5,7 +5,7 @@ Weights are `[N, K]`: N output features (rows), K input features (columns).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -13,8 +13,18 @@ class Kind(StrEnum):
     """What a module computes; decides its layer type and which tensors it may have."""
 
     LINEAR = "linear"
+    EXPERTS = "experts"  # the same linear of every routed expert of a layer
     EMBEDDING = "embedding"
     NORM = "norm"
+    PARAMETER = "parameter"  # a tensor that is no linear's: a table, a bias of a router, a convolution
+
+
+class Role(StrEnum):
+    """Linears and parameters that rules treat apart."""
+
+    NONE = ""
+    ROUTER = "router"  # scores of experts; stays float in online modes
+    HEAD = "head"
 
 
 class Split(StrEnum):
@@ -58,6 +68,9 @@ class Module:
     every module on one axis is cut at the same places. `unit` is the number of rows (column and vocab splits)
     or columns (row split) that one element of the axis spans.
     `tied_to` names the module whose weight this one shares.
+    `experts` is the number of routed experts of an EXPERTS module; its name has `*` where their number stands
+    (`model.layers.0.mlp.experts.*.gate_proj`), its shape is that of one expert.
+    `dims` is the shape in the file of a PARAMETER, whose tensor has the module's name; its `shape` is [values, 1].
     """
 
     name: str
@@ -68,6 +81,36 @@ class Module:
     unit: int = 1
     bias: bool = False
     tied_to: str = ""
+    experts: int = 0
+    role: Role = Role.NONE
+    dims: tuple[int, ...] = ()
+
+    @property
+    def layer_type(self) -> str:
+        """The support table's word: `moe` for routed experts, else `linear`."""
+        return "moe" if self.kind is Kind.EXPERTS else "linear"
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether the module is a matrix product, which rows of the support table are about."""
+        return self.kind in (Kind.LINEAR, Kind.EXPERTS)
+
+    @property
+    def count(self) -> int:
+        """Linears that this module stands for."""
+        return self.experts or 1
+
+    def names(self) -> list[str]:
+        """Return the names of its linears: one, or one an expert."""
+        if not self.experts:
+            return [self.name]
+        before, after = self.name.split(".*.")
+        return [f"{before}.{e}.{after}" for e in range(self.experts)]
+
+    def expert(self, number: int) -> Module:
+        """Return one expert's linear."""
+        before, after = self.name.split(".*.")
+        return replace(self, name=f"{before}.{number}.{after}", kind=Kind.LINEAR, experts=0)
 
     @property
     def full(self) -> Rect:

@@ -24,12 +24,13 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Index:
     """All tensors of a checkpoint, whatever its container.
 
     `metadata` is the GGUF key-value table (empty for safetensors); `config` the parsed config.json (for a
     GGUF: None, families/gguf.py derives one from the metadata).
+    `documents` holds the parsed JSON files beside the weights that say how they are quantized, by file name.
     `root` is the folder (or the first GGUF file).
     """
 
@@ -40,6 +41,7 @@ class Index:
     config: Mapping[str, Any] | None = None
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    documents: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:

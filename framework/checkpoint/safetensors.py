@@ -15,7 +15,16 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,
     "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
 }  # fmt: skip
-INDEX_NAME = "model.safetensors.index.json"
+# Quantizers and diffusers name it after their weights: quant_model_weights..., diffusion_pytorch_model...
+INDEX_PATTERN = "*.safetensors.index.json"
+# What quantizers write beside the weights.
+DOCUMENTS = (
+    "quant_model_description*.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+    "generation_config.json",
+)
 _MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library
 _MAX_DIMENSIONS, _MAX_EXTENT = 16, 1 << 48  # keep the product of a shape that nobody means a small number
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -71,8 +80,11 @@ def read_index(path: Path) -> Index:
         _, infos = read_header(path)
         config = _config(path.parent)
         held = {info.name: info for info in infos}
-        return Index(path, "safetensors", held, config=config, files=(path,), notes=_notes(config))
-    files = _files(path)
+        documents = _documents(path.parent)
+        return Index(path, "safetensors", held, config=config, files=(path,), notes=_notes(config), documents=documents)
+    index_file = _index_file(path)
+    weight_map = _weight_map(index_file) if index_file else None
+    files = _files(path, index_file, weight_map)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for info in read_header(file)[1]:
@@ -80,8 +92,22 @@ def read_index(path: Path) -> Index:
                 raise malformed(file, f"tensor {info.name} stands in {tensors[info.name].file.name}, too")
             tensors[info.name] = info
     config = _config(path)
-    _check_weight_map(path, tensors)
-    return Index(path, "safetensors", tensors, config=config, files=tuple(files), notes=_notes(config))
+    if index_file and weight_map is not None:
+        _check_weight_map(index_file, weight_map, tensors)
+    return Index(
+        path,
+        "safetensors",
+        tensors,
+        config=config,
+        files=tuple(files),
+        notes=_notes(config),
+        documents=_documents(path),
+    )
+
+
+def _documents(folder: Path) -> dict[str, Any]:
+    names = sorted({path.name for pattern in DOCUMENTS for path in folder.glob(pattern)})
+    return {name: read_json(folder / name) for name in names}
 
 
 def _notes(config: dict[str, Any] | None) -> tuple[str, ...]:
@@ -90,16 +116,21 @@ def _notes(config: dict[str, Any] | None) -> tuple[str, ...]:
     return ()
 
 
-def _files(folder: Path) -> list[Path]:
-    if (folder / INDEX_NAME).is_file():
-        names = sorted(set(_weight_map(folder).values()))
+def _index_file(folder: Path) -> Path | None:
+    found = sorted(folder.glob(INDEX_PATTERN), key=lambda path: (not path.name.startswith("model."), path.name))
+    return found[0] if found else None
+
+
+def _files(folder: Path, index_file: Path | None, weight_map: dict[str, str] | None) -> list[Path]:
+    if weight_map is not None:
+        names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).is_absolute() or ".." in Path(name).parts or not name.endswith(".safetensors"):
                 raise InputError(
                     Problem(
                         "weight-map",
                         f"the index names {name!r} as a file",
-                        str(folder / INDEX_NAME),
+                        str(index_file),
                         "file names must be relative, inside the folder and end in .safetensors",
                         "do not use this checkpoint unless you trust where it came from",
                     )
@@ -146,8 +177,7 @@ def pickle_refused(path: Path) -> InputError:
     )
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    path = folder / INDEX_NAME
+def _weight_map(path: Path) -> dict[str, str]:
     data = read_json(path)
     given = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
@@ -155,15 +185,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return given
 
 
-def _check_weight_map(folder: Path, tensors: dict[str, TensorInfo]) -> None:
-    if not (folder / INDEX_NAME).is_file():
-        return
-    for name, file in _weight_map(folder).items():
+def _check_weight_map(index_file: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    for name, file in weight_map.items():
         held = tensors.get(name)
         if held is None or held.file.name != Path(file).name:
             where = f"it is in {held.file.name}" if held else "no file has it"
             raise InputError(
-                Problem("weight-map", f"the index says {name} is in {file}", str(folder / INDEX_NAME), where,
+                Problem("weight-map", f"the index says {name} is in {file}", str(index_file), where,
                         "fetch the checkpoint again: index and files are of different releases")
             )  # fmt: skip
 
@@ -200,9 +228,8 @@ def _json(path: Path, raw: bytes) -> Any:  # noqa: ANN401
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a dict; a name that stands there twice would hide a tensor."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the name {name[:200]!r} stands there twice")
-        found[name] = value
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        name = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"the name {name[:200]!r} stands there twice")
     return found

@@ -16,7 +16,8 @@ def pages_for(tokens: int) -> int:
 class KVCache:
     """This rank's keys and values of all layers.
 
-    `layers`: (keys, values) per layer, each [pages, 128, kv_heads, head_dim]. Memory is not initialised (the
+    `layers`: two tensors per layer, [pages, 128, kv_heads, width] for each of `widths`: keys and values, or the latent
+    and the rotated key of latent attention. Memory is not initialised (the
     operating system commits it when a page is first written); no row is read before it is written.
     """
 
@@ -25,17 +26,17 @@ class KVCache:
         layers: int,
         pages: int,
         kv_heads: int,
-        head_dim: int,
+        widths: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         self.pages = pages
         self.device = torch.device(device)
-        shape = (pages, PAGE_TOKENS, kv_heads, head_dim)
+        first, second = ((pages, PAGE_TOKENS, kv_heads, width) for width in widths)
         self.layers: list[tuple[Tensor, Tensor]] = [
             (
-                torch.empty(shape, dtype=dtype, device=self.device),
-                torch.empty(shape, dtype=dtype, device=self.device),
+                torch.empty(first, dtype=dtype, device=self.device),
+                torch.empty(second, dtype=dtype, device=self.device),
             )
             for _ in range(layers)
         ]

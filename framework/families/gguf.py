@@ -18,7 +18,10 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
 }
+# What the same names stand for in a file that counts experts
+WITH_EXPERTS = {"qwen3moe": "Qwen3MoeForCausalLM", "llama": "MixtralForCausalLM"}
 
 
 def describe_gguf(index: Index) -> DecoderSpec:
@@ -47,13 +50,14 @@ def config_of(index: Index) -> dict[str, Any]:
                 f"supported: {', '.join(sorted(ARCHITECTURES))}",
             )
         )
-    if int(meta.get(f"{arch}.expert_count", 0) or 0):
+    experts = int(meta.get(f"{arch}.expert_count", 0) or 0)
+    if experts and arch not in WITH_EXPERTS:
         raise Refused(
             Problem(
                 "architecture-unsupported",
-                f"mixture-of-experts GGUF files ({arch} with {meta[f'{arch}.expert_count']} experts) cannot be run yet",
+                f"{arch} GGUF files with {experts} experts cannot be run yet",
                 f"{index.root}: {arch}.expert_count",
-                "dense models only so far",
+                f"with experts: {', '.join(sorted(WITH_EXPERTS))}",
             )
         )
 
@@ -72,11 +76,13 @@ def config_of(index: Index) -> dict[str, Any]:
     hidden = int(key("embedding_length"))
     head_dim = int(key("attention.key_length", hidden // heads))
     windowed = f"{arch}.attention.sliding_window" in meta  # Mistral is converted as llama
+    dense = "MistralForCausalLM" if arch == "llama" and windowed else ARCHITECTURES[arch]
+    width = key("feed_forward_length", meta.get(f"{arch}.expert_feed_forward_length", ...))
     config: dict[str, Any] = {
-        "architectures": ["MistralForCausalLM" if arch == "llama" and windowed else ARCHITECTURES[arch]],
+        "architectures": [WITH_EXPERTS[arch] if experts else dense],
         "num_hidden_layers": layers,
         "hidden_size": hidden,
-        "intermediate_size": _same_in_all_layers(index, f"{arch}.feed_forward_length", key("feed_forward_length")),
+        "intermediate_size": _same_in_all_layers(index, f"{arch}.feed_forward_length", width),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
@@ -90,6 +96,11 @@ def config_of(index: Index) -> dict[str, Any]:
     }
     if windowed:
         config["sliding_window"] = int(key("attention.sliding_window"))
+    if experts:
+        config["num_experts"] = experts
+        config["num_experts_per_tok"] = int(key("expert_used_count"))
+        config["moe_intermediate_size"] = int(key("expert_feed_forward_length", config["intermediate_size"]))
+        config["norm_topk_prob"] = True  # no key says so; llama.cpp's graphs of these families always do
     config |= _rope_scaling(meta, arch)
     if arch == "gemma3":
         # convert_hf_to_gguf writes no query scalar: head_dim for all sizes but 27B, where it is hidden / heads

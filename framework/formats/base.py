@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from framework.checkpoint.index import Index
+from framework.errors import Problem
 from framework.geometry import Module, Rect
 
 if TYPE_CHECKING:
@@ -15,10 +17,12 @@ if TYPE_CHECKING:
     from framework.checkpoint.reader import Reader
     from framework.quantization.tensor import QuantTensor
 
+FLOATS = ("BF16", "F16", "F32")
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor that a module must have in the file: its role (`weight`, `bias`, ...), name, dtypes, shape.
+    """A tensor that a module must have in the file: its role (`weight`, `bias`, ...), name, shape, dtypes.
 
     `dtypes` are the acceptable container dtypes; empty means any the format can decode.
     """
@@ -29,34 +33,86 @@ class TensorSpec:
     dtypes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the file holds of one module.
+
+    Attributes:
+        scheme: the file's own scheme, what `scheme: auto` takes.
+        tensors: all that the module must have in the file.
+        label: the file's own word for it (`W8A8_DYNAMIC`, `Q4_K`, `4 bits, groups of 128`).
+        group: input features that share a scale; 0: all of a row.
+        serves: further schemes that the same bytes serve. A quantized weight always serves `float` by
+            dequantization at load, which need not be listed.
+        grain: rows and columns that a cut must be a multiple of while the bytes stay as they are.
+        symmetric: codes have no zero point or offset.
+        variant: what the decoder or the support table must know beyond the scheme (`dual`, `mix`, ...).
+    """
+
+    scheme: str
+    tensors: tuple[TensorSpec, ...]
+    label: str = ""
+    group: int = 0
+    serves: tuple[str, ...] = ()
+    grain: tuple[int, int] = (1, 1)
+    symmetric: bool = True
+    variant: str = ""
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Every scheme that can be served, the file's own first."""
+        return tuple(dict.fromkeys((self.scheme, *self.serves, "float")))
+
+
 class Layout(Protocol):
-    """Where a format keeps a module's tensors. Headers only."""
+    """Where a format keeps a module's tensors. Headers only.
+
+    Layouts see one linear at a time: planning asks for each expert of an EXPERTS module by itself, unless
+    `stacked` says that one tensor holds them all.
+    """
 
     name: str
 
     def detect(self, index: Index) -> str | None:
-        """Say why this index is of this format (one phrase, shown by check), or None."""
+        """Say what in this index is of this format (one phrase, shown by check), or None."""
         ...
 
-    def schemes_of(self, module: Module, index: Index) -> tuple[str, ...]:
-        """Return the schemes that the file's bytes can serve, the file's own (`scheme: auto`) first."""
+    def held(self, module: Module, index: Index) -> Held:
+        """Return what the file holds of a module: of every kind, not of linears only."""
         ...
 
-    def tensors_of(self, module: Module, index: Index) -> list[TensorSpec]:
-        """Return the tensors that this module must have in the file."""
+    def stacked(self, module: Module, index: Index) -> bool:
+        """Whether one tensor [E, N, K] holds all experts of this module."""
         ...
 
     def extras(self, index: Index) -> dict[str, list[TensorSpec]]:
         """Return tensors that belong to no weight, by the name of what uses them."""
         ...
 
-    def ignorable(self, name: str) -> str | None:
+    def ignorable(self, name: str, index: Index) -> str | None:
         """Say why a tensor that no module uses may be left out, or None."""
         ...
 
-    def grain(self, module: Module, scheme: str, index: Index) -> tuple[int, int]:
-        """Rows and columns that a cut must be a multiple of when the module keeps `scheme`."""
+    def faults(self, modules: Sequence[Module], index: Index) -> list[Problem]:
+        """Return what is wrong with the description as a whole, whatever the recipe says."""
         ...
+
+    def stand_in(self, modules: Sequence[Module], scheme: str, options: dict[str, Any]) -> Assumed:
+        """Return the headers that a checkpoint of this format would have (`model.assume`).
+
+        It reads them back as `scheme` for every quantizable module but routers and heads. Options are `group_size`,
+        `symmetric`, `mix` and `layers`: ordered {pattern, scheme} for modules that are held otherwise.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """Headers made from a config: (name, dtype, shape) of each tensor, documents beside them, keys for config.json."""
+
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    documents: dict[str, Any]
+    config: dict[str, Any]
 
 
 class Decoder(Protocol):

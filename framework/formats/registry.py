@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from framework.checkpoint import safetensors
-from framework.checkpoint.faults import malformed
 from framework.checkpoint.index import Index
 from framework.errors import InputError, Problem, Refused
 from framework.formats.base import Layout
+from framework.formats.compressed_tensors.layout import CompressedTensorsLayout
+from framework.formats.declared import DESCRIPTION, Declaration, declarations
 from framework.formats.gguf.layout import GgufLayout
 from framework.formats.plain.layout import PlainLayout
 
 if TYPE_CHECKING:
     from framework.formats.base import Decoder
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (GgufLayout(), PlainLayout())}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (CompressedTensorsLayout(), GgufLayout(), PlainLayout())}
 _DECODERS = {"gguf": "framework.formats.gguf.decode", "none": "framework.formats.plain.decode"}
-_DECLARED = {
-    "awq": "awq",
-    "gptq": "gptq",
-    "auto-round": "auto_round",
-    "compressed-tensors": "compressed_tensors",
-}
-_SIDE_FILES = {
-    "quantize_config.json": "gptq",
-    "quant_config.json": "gptq",
-    "quantization_config.json": "auto-round",
-}
-_LATER = ("modelslim", *_DECLARED.values())
 
 
 def decoder(name: str) -> Decoder:
@@ -39,24 +25,28 @@ def decoder(name: str) -> Decoder:
     return cast("Decoder", importlib.import_module(_DECODERS[name]))
 
 
+def can_run(name: str) -> bool:
+    """Whether weights of a format can be decoded, beyond being checked and planned."""
+    return name in _DECODERS
+
+
 def detect(index: Index, asked: str = "auto") -> tuple[str, str]:
     """Return the format and why, by content; `asked` is `quantization.format`.
 
     Raises:
-        Refused: `format-not-yet`, recognised, cannot be run yet; `format-unsupported`; `format-mismatch`.
+        Refused: `format-unsupported`; `format-mismatch`; `format-conflict`, sources contradict each other.
         InputError: `unknown-format`, `file-malformed`.
     """
-    known = ("auto", *LAYOUTS, *_LATER)
-    if asked not in known:
+    if asked not in ("auto", *LAYOUTS):
         raise InputError(
             Problem(
                 "unknown-format",
                 f"there is no format {asked}",
                 "quantization.format",
-                f"known: {', '.join(known)}",
+                f"known: {', '.join(('auto', *LAYOUTS))}",
             )
         )
-    found, why = _detect(index)
+    found, why = _detect(index, asked)
     if asked not in ("auto", found):
         raise Refused(
             Problem(
@@ -68,42 +58,53 @@ def detect(index: Index, asked: str = "auto") -> tuple[str, str]:
             )
         )
     if found not in LAYOUTS:
-        later = found in _LATER
         raise Refused(
             Problem(
-                "format-not-yet" if later else "format-unsupported",
-                f"checkpoints of format {found} cannot be run" + (" yet" if later else ""),
+                "format-unsupported",
+                f"checkpoints of format {found} cannot be run",
                 str(index.root),
                 why,
-                "a float or GGUF checkpoint of the model; job=matrix lists what the support table knows",
+                "a checkpoint in one of the formats that job=matrix lists, or the float one",
             )
         )
     return found, why
 
 
-def _detect(index: Index) -> tuple[str, str]:
+def _detect(index: Index, asked: str) -> tuple[str, str]:
     if index.container == "gguf":
         return "gguf", LAYOUTS["gguf"].detect(index) or ""
-    folder = index.root if index.root.is_dir() else index.root.parent
-    described = sorted(path.name for path in folder.glob("quant_model_description*.json"))
-    if described:
-        return "modelslim", f"{described[0]} describes its weights"
-    for place, declared in _declarations(folder, index.config or {}):
-        if not isinstance(declared, dict):
-            raise malformed(folder / place.split(":")[0], f"{place} is no mapping")
-        method = str(declared.get("quant_method", "compressed-tensors")).lower()
-        return _DECLARED.get(method, method), f"{place} says quant_method {method}"
-    return "none", LAYOUTS["none"].detect(index) or ""
+    sources = declarations(index)
+    if not sources:
+        return "none", LAYOUTS["none"].detect(index) or ""
+    chosen = next((d for d in sources if d.format == asked), sources[0])
+    rivals = [d for d in sources if d.format != chosen.format or (d.format == "modelslim" and d is not chosen)]
+    if rivals and (asked != chosen.format or any(d.format == "modelslim" for d in rivals)):
+        raise _conflict(index, chosen, rivals)
+    layout = LAYOUTS.get(chosen.format)
+    said = layout.detect(index) if layout is not None else None
+    return chosen.format, f"{chosen.place} {said or f'says quant_method {chosen.format}'}"
 
 
-def _declarations(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what declares a quantization, and where, the strongest first."""
-    text = config.get("text_config")
-    for place, held in (("config.json", config), ("config.json: text_config", text)):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(held, Mapping) and held.get(key):
-                yield f"{place}{'.' if ':' in place else ': '}{key}", held[key]
-    for name, method in _SIDE_FILES.items():
-        if (folder / name).is_file():
-            declared = safetensors.read_json(folder / name)
-            yield name, {"quant_method": method} | declared if isinstance(declared, dict) else declared
+def _conflict(index: Index, chosen: Declaration, rivals: list[Declaration]) -> Refused:
+    several = [d for d in rivals if d.format == chosen.format == "modelslim"]
+    if several:
+        names = ", ".join(d.place for d in (chosen, *several))
+        return Refused(
+            Problem(
+                "format-conflict",
+                f"the folder holds {len(several) + 1} descriptions of its weights",
+                str(index.root),
+                names,
+                f"keep the one of these weights, as {DESCRIPTION}",
+            )
+        )
+    other = rivals[0]
+    return Refused(
+        Problem(
+            "format-conflict",
+            f"two sources disagree: {chosen.place} says {chosen.format}, {other.place} says {other.format}",
+            str(index.root),
+            "the one that is picked must serve detection and loading alike, so neither is guessed",
+            f"quantization.format={chosen.format}   or   quantization.format={other.format}",
+        )
+    )

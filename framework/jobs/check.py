@@ -14,7 +14,7 @@ from framework.report.errors import format_problems
 def run(recipe: Recipe) -> int:
     """Check and report. Returns 0 when the recipe would run, else 1."""
     start = time.perf_counter()
-    checked = open_checked(recipe)
+    checked = open_checked(recipe, headers_only=True)
     document = checked.to_json()
     match options(recipe)["format"]:
         case "json":
@@ -30,19 +30,40 @@ def run(recipe: Recipe) -> int:
 
 def facts(checked: Checked, seconds: float) -> dict[str, object]:
     """What the text shows beside the document."""
-    spec, index = checked.spec, checked.index
-    files = len(index.files) or 1
+    indexes = [part.index for part in checked.model.parts]
+    files = sum(len(index.files) for index in indexes)
     return {
         "recipe": checked.recipe.name,
         "tp_size": checked.recipe.parallel.tp_size,
-        "model": f"{spec.architecture}, {spec.layers} layers, hidden {spec.hidden}, "
-        f"{spec.heads}/{spec.kv_heads} heads of {spec.head_dim}, vocabulary {spec.vocab}",
-        "file": str(index.root),
-        "files": f"{files} file{'s' if files > 1 else ''}",
-        "bytes": index.total_bytes,
-        "evidence": checked.evidence,
+        "models": _models(checked),
+        "file": str(checked.root),
+        "files": f"{files} file{'s' if files > 1 else ''}" if files else "no file: as the config says",
+        "bytes": sum(index.total_bytes for index in indexes),
+        "evidence": [
+            f"{part.prefix[:-1]}: {part.evidence}" if part.prefix else part.evidence for part in checked.model.parts
+        ],
         "origins": [use.origin for use in checked.rows],
         "notes": checked.notes,
         "seconds": seconds,
         "command": command_of(checked.recipe),
     }
+
+
+def _models(checked: Checked) -> list[str]:
+    """One line per part: what its config describes."""
+    decoder = checked.model.decoder
+    if decoder is None:
+        return [
+            f"{prefix[:-1]}: {spec.class_name}, {spec.layers} blocks, {spec.heads} heads of {spec.head_dim}"
+            for prefix, spec in (checked.model.transformers or {}).items()
+        ]
+    experts = f", {decoder.moe.experts} experts a layer, {decoder.moe.top_k} a token" if decoder.moe else ""
+    heads = (
+        f"{decoder.heads} heads over a latent of {decoder.mla.kv_rank}"
+        if decoder.mla
+        else (f"{decoder.heads}/{decoder.kv_heads} heads of {decoder.head_dim}")
+    )
+    return [
+        f"{decoder.architecture}, {decoder.layers} layers, hidden {decoder.hidden}, {heads}{experts}, "
+        f"vocabulary {decoder.vocab}"
+    ]

@@ -9,26 +9,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from framework.capability.limits import read_limits
 from framework.capability.table import read_table
-from framework.checkpoint.open import open_index
 from framework.errors import Problem, Refused
-from framework.planning.check import Checked, check
+from framework.jobs.cann import cann_version
+from framework.planning.assume import assumed_indexes
+from framework.planning.check import Capability, Checked, check
+from framework.planning.parts import open_indexes
 from framework.recipe.compose import conf_dir
 from framework.recipe.schema import Recipe
 from framework.recipe.sources import resolve
 from framework.report.progress import transfer_progress
 
 
-def open_checked(recipe: Recipe) -> Checked:
+def open_checked(recipe: Recipe, *, headers_only: bool = False) -> Checked:
     """Bring the model here if it is elsewhere, open its headers, check the recipe against them.
+
+    With `headers_only` a model that is not on this disk is taken as `model.assume` describes it, if that is given.
 
     Raises:
         UserError: the source cannot be had, or the headers cannot be read or understood.
     """
+    assume = recipe.model.assume
+    if headers_only and assume is not None and not Path(recipe.model.path).exists():
+        return check(recipe, assumed_indexes(assume, recipe.model.kind), read_capability(recipe))
     with transfer_progress() as progress:
         path = resolve(recipe.model.path, sha256=recipe.model.sha256, progress=progress)
+    return check(recipe, open_indexes(Path(path), recipe.model.kind), read_capability(recipe))
+
+
+def read_capability(recipe: Recipe) -> Capability:
+    """Read what a recipe is judged by."""
     table = read_table(conf_dir() / "capability", recipe.capability.table)
-    return check(recipe, open_index(Path(path)), table)
+    return Capability(table, read_limits(conf_dir() / "ops"), cann_version())
 
 
 def resolve_device(recipe: Recipe) -> str:

@@ -10,6 +10,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from framework.capability.tiers import tier_of
+from framework.errors import Refused
+from framework.jobs.cann import cann_home, cann_version
 from framework.jobs.common import emit, emit_json, options
 from framework.jobs.run_dir import versions
 from framework.recipe.schema import Recipe
@@ -92,6 +95,22 @@ def _torch() -> list[Finding]:
     return [Finding("torch", version, "ok", f"cpu vectors {vectors.lower()}")]
 
 
+_ASK_NPU = """
+import torch, torch_npu
+count = torch.npu.device_count()
+chip = (torch.npu.get_soc_version(), torch.npu.get_device_name()) if count else (0, "-")
+print(torch_npu.__version__, count, *chip)
+"""
+
+
+def _tier(number: int, name: str) -> Finding:
+    try:
+        return Finding("tier", f"{tier_of(number, name)}, {name}", "ok")
+    except Refused as refused:
+        problem = refused.problems[0]
+        return Finding("tier", name, "no", problem.what, problem.fix)
+
+
 def _npu() -> list[Finding]:
     findings = []
     nodes = sorted(path.name for path in Path("/dev").glob("davinci[0-9]*"))
@@ -101,23 +120,24 @@ def _npu() -> list[Finding]:
             Finding("torch_npu", "not installed", verdict, "", "pip install 'npu-launch[npu]'" if nodes else "")
         )
     else:
-        status, said = _child("import torch, torch_npu; print(torch_npu.__version__, torch.npu.device_count())")
+        status, said = _child(_ASK_NPU)
         if status:
             fix = "install CANN and source its set_env.sh" if "cannot open shared object" in said else (
                 "pip install torch==2.13.0 torch_npu==2.13.0")  # fmt: skip
             verdict = "no" if nodes else "note"
             findings.append(Finding("torch_npu", "does not import", verdict, said, fix))
         else:
-            version, count = said.split()
+            version, count, number, name = said.split()
             findings.append(Finding("torch_npu", version, "ok"))
             if int(count):
                 findings.append(Finding("devices", f"{count} NPUs", "ok"))
-    cann = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+                findings.append(_tier(int(number), name))
+    cann = cann_home()
     if cann or nodes:
         findings.append(
             Finding(
                 "cann",
-                cann or "no environment",
+                f"{cann_version() or 'of unknown version'} in {cann}" if cann else "no environment",
                 "ok" if cann else "no",
                 "",
                 "" if cann else "source set_env.sh",

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from framework.engine.request import Finished, Request, SamplingParams, TokenEvent
-from framework.errors import Refused
 from framework.jobs import run_dir
 from framework.jobs.common import open_checked, options, resolve_device
 from framework.jobs.prompts import Prompt, read_prompts
 from framework.jobs.ranks import started
 from framework.planning.make import make_plan
+from framework.planning.runnable import require_runnable
 from framework.recipe.schema import Recipe
 from framework.report.generate import closing, first_line, ready_line
 from framework.text.tokenizer import load_tokenizer
@@ -23,8 +23,7 @@ def run(recipe: Recipe) -> int:
     """Generate. Returns 0, or raises what the command line turns into its exit status."""
     start = time.perf_counter()
     checked = open_checked(recipe)
-    if checked.problems:
-        raise Refused(checked.problems)
+    require_runnable(checked)
     plan = make_plan(checked, resolve_device(recipe))
     _note(first_line(plan.to_json()))
     tokenizer = load_tokenizer(checked.index)

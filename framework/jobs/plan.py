@@ -28,7 +28,7 @@ def run(recipe: Recipe) -> int:
     # a plan is made for the recipe's tier, whatever machine makes it; only the reference mode is the CPU's own
     device = recipe.runtime.device
     on_cpu = device == "cpu" or (recipe.runtime.dtype == "float32" and device != "npu")
-    plan = make_plan(open_checked(recipe), "cpu" if on_cpu else "npu")
+    plan = make_plan(open_checked(recipe, headers_only=True), "cpu" if on_cpu else "npu")
     run = run_dir.create(recipe, plan)
     document = plan.to_json()
     match chosen["format"]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from framework.errors import InputError, Problem, Refused
+from framework.errors import InputError, Problem
 from framework.geometry import Split
 from framework.jobs import run_dir
 from framework.jobs.common import emit, emit_json, open_checked, options, resolve_device
@@ -17,6 +17,7 @@ from framework.jobs.ranks import started
 from framework.jobs.reference import Reference, read_reference
 from framework.planning.make import make_plan
 from framework.planning.plan import Plan
+from framework.planning.runnable import require_runnable
 from framework.recipe.compose import compose
 from framework.recipe.overrides import quote
 from framework.recipe.schema import LayerRule, Recipe
@@ -72,8 +73,7 @@ def run(recipe: Recipe) -> int:
 def plan_of(recipe: Recipe) -> Plan:
     """Check a recipe and plan it for the device that is here."""
     checked = open_checked(recipe)
-    if checked.problems:
-        raise Refused(checked.problems)
+    require_runnable(checked)
     return make_plan(checked, resolve_device(recipe))
 
 

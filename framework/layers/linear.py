@@ -14,9 +14,12 @@ from framework.layers.group import Group
 
 @dataclass(frozen=True)
 class Part:
-    """One matmul of a layer: `apply(x [T, K]) -> [T, N]`, without bias or reduction, and the bytes it holds."""
+    """One matmul of a layer, without bias or reduction, and the bytes it holds.
 
-    apply: Callable[[Tensor], Tensor]
+    `apply(x [T, K]) -> [T, N]`; of experts `apply(x, counts)`, whose rows are sorted by expert, counts int64 [E].
+    """
+
+    apply: Callable[..., Tensor]
     nbytes: int
 
 
@@ -60,14 +63,21 @@ class ParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, K of this rank] -> [T, N of this rank] (ROW, ROWS_GATHER: all of N)."""
-        if self.gathers:
-            x = self.group.all_gather(x, self.in_sizes)
-        if self.apply_first is not None:
-            y = self.apply_first(x)
-        else:
-            y = torch.cat([part.apply(x) for part in self.parts], dim=-1)
-        if self.reduces:
-            y = self.group.all_reduce(y)
-        elif self.gathers:
-            y = self.group.all_gather(y, self.out_sizes)
+        y = self.join(self.multiply(self.spread(x)))
         return y if self.bias is None else y + self.bias
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Give every rank the inputs that its rectangle multiplies."""
+        return self.group.all_gather(x, self.in_sizes) if self.gathers else x
+
+    def multiply(self, x: Tensor, *counts: Tensor) -> Tensor:
+        """Return this rank's product; of experts for rows sorted by expert, with their counts."""
+        if self.apply_first is not None:
+            return self.apply_first(x, *counts)
+        return torch.cat([part.apply(x, *counts) for part in self.parts], dim=-1)
+
+    def join(self, y: Tensor) -> Tensor:
+        """Add or gather the ranks' products."""
+        if self.reduces:
+            return self.group.all_reduce(y)
+        return self.group.all_gather(y, self.out_sizes) if self.gathers else y

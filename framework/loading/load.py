@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from framework.capability.tiers import require_tier
 from framework.checkpoint.open import open_index
 from framework.checkpoint.reader import Reader
 from framework.engine.cache import KVCache
@@ -26,16 +27,19 @@ def load(plan: Plan, group: Group, progress: Progress) -> LoadedModel:
     """
     ensure_registered(plan.runtime.device)
     device = torch.device("cpu" if plan.runtime.device == "cpu" else "npu:0")
+    if device.type == "npu":
+        require_tier(plan.tier, torch.npu.get_soc_version(), torch.npu.get_device_name())
     share = plan.ranks[group.rank].heads
     index = open_index(Path(plan.checkpoint))
     with Reader() as reader, torch.inference_mode():
         weights = RankWeights(plan, index, reader, decoder(plan.format), group, device, progress)
         model = Decoder(plan.spec, share, weights, group, plan.runtime.context).eval()
+    mla, head_dim = plan.spec.mla, plan.spec.head_dim
     cache = KVCache(
         plan.spec.layers,
         plan.runtime.cache_pages,
-        share.kv1 - share.kv0,
-        plan.spec.head_dim,
+        1 if mla else share.kv1 - share.kv0,
+        (mla.kv_rank, mla.rope_dim) if mla else (head_dim, head_dim),
         getattr(torch, plan.runtime.cache_dtype),
         device,
     )

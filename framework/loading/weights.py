@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from framework.layers.group import Group
 from framework.layers.linear import ParallelLinear, Part
 from framework.planning.plan import Plan, PlannedModule
 from framework.quantization.registry import SCHEMES
-from framework.quantization.tensor import QuantTensor, concat
+from framework.quantization.tensor import QuantTensor, concat, fusable
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -44,7 +43,7 @@ class RankWeights:
         self.progress = progress
         self.prepared_bytes = 0
         self._embeddings: dict[str, Tensor] = {}
-        self._total = sum(m.shards[group.rank].size for m in plan.modules)
+        self._total = sum(m.shards[group.rank].size * m.module.count for m in plan.modules)
         self._done = 0
 
     def linear(self, *names: str) -> ParallelLinear:
@@ -56,10 +55,7 @@ class RankWeights:
             parts = [self._prepare("float", QuantTensor(tied))]
         else:
             decoded = [(p.scheme, self._decode(p)) for p in planned]
-            parts = [
-                self._prepare(kind[0], concat([weight for _, weight in group]))
-                for kind, group in groupby(decoded, key=lambda pair: _fusable(*pair))
-            ]
+            parts = [self._prepare(scheme, weight) for scheme, weight in _fused(decoded)]
         layer = ParallelLinear(
             parts,
             bias,
@@ -73,8 +69,31 @@ class RankWeights:
         self.prepared_bytes += layer.nbytes if tied is None else 0
         return layer
 
+    def experts(self, *names: str) -> ParallelLinear:
+        """Return the grouped layer of one projection of all experts, or of several over one input."""
+        planned = [self.planned[name] for name in names]
+        decoded = [(p.scheme, [self._decode(p, e) for e in range(p.module.experts)]) for p in planned]
+        layer = ParallelLinear(
+            [self._prepare_experts(scheme, weights) for scheme, weights in _fused_experts(decoded)],
+            None,
+            planned[0].split,
+            self.group,
+            in_sizes=self._in_sizes(planned[0]),
+            out_sizes=[sum(p.shards[r].shape[0] for p in planned) for r in range(self.group.size)],
+            names=names,
+            widths=[self._width(p) for p in planned],
+        )
+        self.prepared_bytes += layer.nbytes
+        return layer
+
+    def matrix(self, name: str) -> Tensor:
+        """Return this rank's part of a linear as a plain weight [N, K] in the model's dtype."""
+        weight = self._decode(self.planned[name]).dequantize().to(self.dtype).to(self.device)
+        self.prepared_bytes += weight.nbytes
+        return weight
+
     def vector(self, name: str) -> Tensor:
-        """Return a norm weight [H] in the model's dtype."""
+        """Return a norm weight [H], or the values of a parameter, in the model's dtype."""
         planned = self.planned[name]
         weight = self._decode(planned).codes.flatten().to(self.dtype).to(self.device)
         self.prepared_bytes += weight.nbytes
@@ -95,9 +114,10 @@ class RankWeights:
             return None
         return torch.from_numpy(self.reader.read(info, 0, 1).reshape(-1).view("<f4").copy())
 
-    def _decode(self, planned: PlannedModule) -> QuantTensor:
+    def _decode(self, planned: PlannedModule, expert: int | None = None) -> QuantTensor:
         rect = planned.shards[self.group.rank]
-        weight = self.decoder.decode(planned.module, rect, planned.scheme, self.index, self.reader, dtype=self.dtype)
+        module = planned.module if expert is None else planned.module.expert(expert)
+        weight = self.decoder.decode(module, rect, planned.scheme, self.index, self.reader, dtype=self.dtype)
         self._done += rect.size
         self.progress(self._done, self._total)
         return weight
@@ -106,6 +126,11 @@ class RankWeights:
         scheme = SCHEMES[scheme_name]
         operands = scheme.prepare(weight, dtype=self.dtype, device=self.device)
         return Part(lambda x, apply=scheme.linear, held=operands: apply(x, held), operands.nbytes)
+
+    def _prepare_experts(self, scheme_name: str, weights: list[QuantTensor]) -> Part:
+        scheme = SCHEMES[scheme_name]
+        operands = scheme.prepare_experts(weights, dtype=self.dtype, device=self.device)
+        return Part(lambda x, counts, apply=scheme.grouped, held=operands: apply(x, counts, held), operands.nbytes)
 
     def _tied(self, planned: PlannedModule) -> Tensor | None:
         if planned.module.tied_to and planned.scheme == "float":
@@ -137,5 +162,19 @@ class RankWeights:
         return [rect.shape[0] // peer.module.unit * unit for rect in peer.shards]
 
 
-def _fusable(scheme: str, weight: QuantTensor) -> tuple[str, bool, bool, int]:
-    return scheme, weight.zero is None, weight.minimum is None, weight.group_size
+def _fused_experts(decoded: list[tuple[str, list[QuantTensor]]]) -> list[tuple[str, list[QuantTensor]]]:
+    """Join the projections of each expert that have one scheme and kind."""
+    if len({scheme for scheme, _ in decoded}) > 1 or not all(fusable(decoded[0][1][0], w[0]) for _, w in decoded):
+        return decoded
+    return [(decoded[0][0], [concat(list(each)) for each in zip(*(w for _, w in decoded), strict=True)])]
+
+
+def _fused(weights: list[tuple[str, QuantTensor]]) -> list[tuple[str, QuantTensor]]:
+    """Join neighbours of one scheme and kind: one matmul instead of several."""
+    made: list[tuple[str, list[QuantTensor]]] = []
+    for scheme, weight in weights:
+        if made and made[-1][0] == scheme and fusable(made[-1][1][0], weight):
+            made[-1][1].append(weight)
+        else:
+            made.append((scheme, [weight]))
+    return [(scheme, concat(group)) for scheme, group in made]

@@ -11,7 +11,9 @@ from framework.families.base import DecoderSpec
 from framework.geometry import HeadShare
 from framework.layers.attention import Attention, Step
 from framework.layers.embedding import VocabEmbedding
+from framework.layers.experts import Experts, Router
 from framework.layers.group import Group
+from framework.layers.latent_attention import LatentAttention
 from framework.layers.linear import ParallelLinear
 from framework.layers.mlp import GatedMLP
 from framework.layers.norm import RMSNorm
@@ -29,8 +31,16 @@ class Weights(Protocol):
         """Return the layer of one module, or of several over the same input."""
         ...
 
+    def experts(self, *names: str) -> ParallelLinear:
+        """Return the layer of one projection of all experts, or of several over the same input."""
+        ...
+
+    def matrix(self, name: str) -> Tensor:
+        """Return this rank's part of a linear as a plain weight [N, K]."""
+        ...
+
     def vector(self, name: str) -> Tensor:
-        """Return a norm weight [H]."""
+        """Return a norm weight [H], or the values of a parameter."""
         ...
 
     def embedding(self, name: str) -> tuple[Tensor, int]:
@@ -66,26 +76,12 @@ class DecoderLayer(nn.Module):
             vector = weights.vector(f"{name}.{suffix}")
             return RMSNorm(vector, spec.norm_eps, plus_one=spec.norm_plus_one)
 
-        attn = f"{name}.self_attn"
         self.input_layernorm = norm("input_layernorm")
-        self.self_attn = Attention(
-            weights.linear(f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj"),
-            weights.linear(f"{attn}.o_proj"),
-            (norm("self_attn.q_norm"), norm("self_attn.k_norm")) if spec.qk_norm else None,
-            heads=share.q1 - share.q0,
-            kv_heads=share.kv1 - share.kv0,
-            head_dim=spec.head_dim,
-            scale=spec.attention_scale,
-            window=spec.windows[i],
-            local_rotary=spec.rope_local is not None and spec.windows[i] is not None,
-        )
+        attention = _latent_attention if spec.mla else _attention
+        self.self_attn = attention(spec, i, share, weights)
         self.post_attention_layernorm = norm("post_attention_layernorm")
         self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm") if spec.post_norms else None
-        self.mlp = GatedMLP(
-            weights.linear(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"),
-            weights.linear(f"{name}.mlp.down_proj"),
-            spec.activation,
-        )
+        self.mlp = _experts(spec, i, weights) if spec.has_experts(i) else _mlp(spec, f"{name}.mlp", weights)
         self.post_feedforward_layernorm = norm("post_feedforward_layernorm") if spec.post_norms else None
         find_submodules_directly(self)
 
@@ -105,6 +101,61 @@ class DecoderLayer(nn.Module):
         return self.post_feedforward_layernorm(self.mlp(x)), residual
 
 
+def _norm(spec: DecoderSpec, name: str, weights: Weights) -> RMSNorm:
+    return RMSNorm(weights.vector(name), spec.norm_eps, plus_one=spec.norm_plus_one)
+
+
+def _attention(spec: DecoderSpec, i: int, share: HeadShare, weights: Weights) -> Attention:
+    attn = f"model.layers.{i}.self_attn"
+    return Attention(
+        weights.linear(f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj"),
+        weights.linear(f"{attn}.o_proj"),
+        (_norm(spec, f"{attn}.q_norm", weights), _norm(spec, f"{attn}.k_norm", weights)) if spec.qk_norm else None,
+        heads=share.q1 - share.q0,
+        kv_heads=share.kv1 - share.kv0,
+        head_dim=spec.head_dim,
+        scale=spec.attention_scale,
+        window=spec.windows[i],
+        local_rotary=spec.rope_local is not None and spec.windows[i] is not None,
+    )
+
+
+def _latent_attention(spec: DecoderSpec, i: int, share: HeadShare, weights: Weights) -> LatentAttention:
+    attn, mla = f"model.layers.{i}.self_attn", spec.mla
+    if mla.q_rank is None:
+        queries = (weights.linear(f"{attn}.q_proj"), None, None)
+    else:
+        first, second = weights.linear(f"{attn}.q_a_proj"), weights.linear(f"{attn}.q_b_proj")
+        queries = (first, _norm(spec, f"{attn}.q_a_layernorm", weights), second)
+    return LatentAttention(
+        queries,
+        weights.linear(f"{attn}.kv_a_proj_with_mqa"),
+        _norm(spec, f"{attn}.kv_a_layernorm", weights),
+        weights.matrix(f"{attn}.kv_b_proj"),
+        weights.linear(f"{attn}.o_proj"),
+        mla,
+        heads=share.q1 - share.q0,
+        scale=spec.attention_scale,
+    )
+
+
+def _mlp(spec: DecoderSpec, mlp: str, weights: Weights) -> GatedMLP:
+    gate_up = weights.linear(f"{mlp}.gate_proj", f"{mlp}.up_proj")
+    return GatedMLP(gate_up, weights.linear(f"{mlp}.down_proj"), spec.activation)
+
+
+def _experts(spec: DecoderSpec, i: int, weights: Weights) -> Experts:
+    mlp, moe = f"model.layers.{i}.mlp", spec.moe
+    correction = weights.vector(f"{mlp}.gate.e_score_correction_bias") if moe.correction_bias else None
+    return Experts(
+        Router(weights.linear(f"{mlp}.gate"), correction, moe),
+        weights.experts(f"{mlp}.experts.*.gate_proj", f"{mlp}.experts.*.up_proj"),
+        weights.experts(f"{mlp}.experts.*.down_proj"),
+        _mlp(spec, f"{mlp}.shared_experts", weights) if moe.shared_intermediate else None,
+        moe,
+    )
+
+
 class Decoder(nn.Module):
     """Token ids to logits, over a paged cache."""
 
@@ -116,7 +167,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(spec, i, share, weights) for i in range(spec.layers))
         self.norm = RMSNorm(weights.vector("model.norm"), spec.norm_eps, plus_one=spec.norm_plus_one)
         self.lm_head = weights.linear("lm_head")
-        dim, device = spec.head_dim, weights.device
+        dim, device = spec.rotary_dim, weights.device
         # npu_rotary_mul wants tables of the input's dtype on an NPU; the CPU's takes exact ones
         dtype = torch.float32 if device.type == "cpu" else weights.dtype
         self.rotary = RotaryTable(spec.rope, dim, context, dtype, device, weights.rope_divisors())

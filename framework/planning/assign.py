@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import translate
 
 from framework.checkpoint.index import Index
 from framework.errors import Problem, nearest
-from framework.formats.base import Layout
-from framework.geometry import Kind, Module
+from framework.formats.base import Held, Layout
+from framework.geometry import Kind, Module, Role
+
+_MAX_NAMES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +25,64 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Assigned:
-    """A module's scheme and the rule that gave it (None: no rule matched, the file decides)."""
+class Part:
+    """A set of weights with a format of its own: the whole of an LLM, or one transformer of a pipeline.
 
+    `prefix` is what patterns and plans put before its modules' names (`transformer.`; empty for an LLM).
+    """
+
+    prefix: str
+    index: Index
+    format: str
+    evidence: str
+    layout: Layout
+    modules: tuple[Module, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """A module, what the file holds of it, the scheme it runs with and the rule that said so (None: the file)."""
+
+    part: Part
     module: Module
+    held: Held
     scheme: str
     rule: Rule | None
+    mode: str = "offline"
+
+    @property
+    def name(self) -> str:
+        """The name that patterns and plans use."""
+        return self.part.prefix + self.module.name
+
+
+def hold(part: Part) -> tuple[list[Held], list[Problem]]:
+    """Return what the file holds of every module of a part, its experts gathered into one.
+
+    Problems: `experts-differ`, experts of one projection that are not held alike.
+    """
+    held, problems = [], []
+    for module in part.modules:
+        if module.kind is not Kind.EXPERTS or part.layout.stacked(module, part.index):
+            held.append(part.layout.held(module, part.index))
+            continue
+        each = [part.layout.held(module.expert(e), part.index) for e in range(module.experts)]
+        form = _form(each[0])
+        if odd := [e for e, other in enumerate(each) if _form(other) != form]:
+            problems.append(_differing(part, module, each, odd))
+        held.append(replace(each[0], tensors=tuple(spec for one in each for spec in one.tensors)))
+    return held, problems
 
 
 def assign(
-    modules: Sequence[Module], rules: Sequence[Rule], layout: Layout, index: Index
+    parts: Sequence[Part], rules: Sequence[Rule], *, online: bool = False
 ) -> tuple[list[Assigned], list[Problem]]:
-    """Give every module a scheme; norms and embeddings are always float.
+    """Give every module of every part a scheme; norms, embeddings and parameters are always float.
 
-    Problems: `pattern-syntax`, `pattern-unmatched`, `pattern-shadowed`, `scheme-mismatch`.
+    With `online`, float weights are quantized at load to what their rule says; routers and heads stay float.
+
+    Problems: `pattern-syntax`, `pattern-unmatched`, `pattern-shadowed`, `pattern-experts`, `scheme-mismatch`,
+    `experts-differ`, `online-auto`, `online-quantized`, `online-float`.
     """
     problems: list[Problem] = []
     matchers = []
@@ -47,28 +93,25 @@ def assign(
             problems.append(
                 Problem("pattern-syntax", f"{given.pattern} is not a regular expression: {error}", given.where)
             )
-    used: set[Rule] = set()
-    assigned = []
-    mismatches: dict[tuple[Rule, tuple[str, ...]], list[str]] = {}
-    for module in modules:
-        rule: Rule | None = next((r for r, matches in matchers if matches(module.name)), None)
-        if rule is not None:
-            used.add(rule)
-        if module.kind is not Kind.LINEAR:
-            assigned.append(Assigned(module, "float", rule))
-            continue
-        served = layout.schemes_of(module, index)
-        scheme = served[0] if rule is None or rule.scheme == "auto" else rule.scheme
-        if rule is not None and scheme not in served:
-            mismatches.setdefault((rule, served), []).append(module.name)
-            scheme = served[0]
-        assigned.append(Assigned(module, scheme, rule))
-    for (wrong, served), names in mismatches.items():
-        problems.append(_mismatch(wrong, served, names, index))
-    for idle, matches in matchers:
-        if idle not in used:
-            problems.append(_unused(idle, [m.name for m in modules if matches(m.name)], modules))
-    return assigned, problems
+    assigned: list[Assigned] = []
+    matched: dict[Rule, list[str]] = {rule: [] for rule, _ in matchers}
+    for part in parts:
+        held, found = hold(part)
+        problems += found
+        for module, holding in zip(part.modules, held, strict=True):
+            hits = [(rule, _hits(matches, part.prefix, module)) for rule, matches in matchers]
+            for rule, hit in hits:
+                if hit and hit is not True:
+                    problems.append(_splits_experts(rule, part, module, hit))
+                if hit:
+                    matched[rule].append(part.prefix + module.name)
+            chosen = next((rule for rule, hit in hits if hit), None)
+            assigned.append(Assigned(part, module, holding, "float", chosen))
+    assigned, found = _online(assigned) if online else _offline(assigned)
+    used = {entry.rule for entry in assigned}
+    names = [entry.name for entry in assigned]
+    idle = [_unused(rule, hit, names) for rule, hit in matched.items() if rule not in used]
+    return assigned, _distinct([*problems, *found, *idle])
 
 
 def compile_pattern(pattern: str) -> Callable[[str], object]:
@@ -80,18 +123,135 @@ def compile_pattern(pattern: str) -> Callable[[str], object]:
     return re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern)).fullmatch
 
 
-def _mismatch(rule: Rule, served: tuple[str, ...], names: list[str], index: Index) -> Problem:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+def _hits(matches: Callable[[str], object], prefix: str, module: Module) -> bool | list[int]:
+    """Say whether a pattern matches a module; of experts, True for all or the numbers of those that it matches.
+
+    A pattern may leave out the prefix of a pipeline's transformer: it then speaks of all of them.
+    """
+
+    def one(name: str) -> bool:
+        return bool(matches(prefix + name) or (prefix and matches(name)))
+
+    if not module.experts:
+        return one(module.name)
+    hit = [e for e, name in enumerate(module.names()) if one(name)]
+    return len(hit) == module.experts or hit
+
+
+def _offline(assigned: list[Assigned]) -> tuple[list[Assigned], list[Problem]]:
+    settled = []
+    mismatches: dict[tuple[Rule, tuple[str, ...], str], list[Assigned]] = {}
+    for entry in assigned:
+        if not entry.module.quantizable:
+            settled.append(entry)
+            continue
+        rule, served = entry.rule, entry.held.schemes
+        scheme = served[0] if rule is None or rule.scheme == "auto" else rule.scheme
+        if rule is not None and scheme not in served:
+            mismatches.setdefault((rule, served, entry.held.label), []).append(entry)
+            scheme = served[0]
+        settled.append(replace(entry, scheme=scheme))
+    return settled, [_mismatch(rule, served, label, found) for (rule, served, label), found in mismatches.items()]
+
+
+def _online(assigned: list[Assigned]) -> tuple[list[Assigned], list[Problem]]:
+    settled = []
+    problems = []
+    kept: dict[Rule, list[str]] = {}
+    done: set[Rule] = set()
+    quantized: dict[str, list[Assigned]] = {}
+    for entry in assigned:
+        rule, module = entry.rule, entry.module
+        if not module.quantizable or rule is None or rule.scheme == "float":
+            settled.append(entry)
+            continue
+        if rule.scheme == "auto":
+            problems.append(
+                Problem(
+                    "online-auto",
+                    "scheme: auto takes what the file holds, and quantization.online asks to quantize",
+                    f"{rule.where}  pattern {rule.pattern}",
+                    "a scheme that is made at load must be named",
+                    "scheme: mxfp8 or w8a8_dynamic ...   or   scheme: float   or   quantization.online=false",
+                )
+            )
+            settled.append(entry)
+            continue
+        if entry.held.scheme != "float" or entry.part.format == "gguf":
+            quantized.setdefault(entry.part.format, []).append(entry)
+        if module.role is not Role.NONE:
+            kept.setdefault(rule, []).append(entry.name)
+            settled.append(entry)
+            continue
+        done.add(rule)
+        settled.append(replace(entry, scheme=rule.scheme, mode="online"))
+    for format_name, found in quantized.items():
+        problems.append(
+            Problem(
+                "online-quantized",
+                f"{found[0].name}{_more(len(found))} are quantized in the file already",
+                "quantization.online=true",
+                f"the checkpoint is {format_name}, {found[0].held.label or found[0].held.scheme}; "
+                "codes are never quantized again",
+                "quantization.online=false   or   a float checkpoint",
+            )
+        )
+    for rule in kept.keys() - done:
+        problems.append(
+            Problem(
+                "online-float",
+                f"pattern {rule.pattern} asks to quantize {', '.join(kept[rule][:_MAX_NAMES])}: they stay float",
+                rule.where,
+                "routers and heads are not quantized at load: a wrong expert or token costs more than the bytes saved",
+                "delete the pattern   or   scheme: float",
+            )
+        )
+    return settled, problems
+
+
+def _form(held: Held) -> tuple[object, ...]:
+    return held.scheme, held.label, held.group, held.symmetric, held.variant, held.grain
+
+
+def _differing(part: Part, module: Module, each: list[Held], odd: list[int]) -> Problem:
+    numbers = ", ".join(map(str, odd[:8])) + (f" and {len(odd) - 8} more" if len(odd) > 8 else "")
+    other = each[odd[0]]
+    return Problem(
+        "experts-differ",
+        f"experts of {part.prefix}{module.name} are not held alike: expert {numbers} unlike expert 0",
+        part.index.root.name,
+        f"expert 0 is {each[0].label or each[0].scheme}, expert {odd[0]} is {other.label or other.scheme}; "
+        "one grouped matmul runs all experts of a layer",
+        "quantize all experts of a layer alike",
+    )
+
+
+def _splits_experts(rule: Rule, part: Part, module: Module, hit: list[int]) -> Problem:
+    return Problem(
+        "pattern-experts",
+        f"pattern {rule.pattern} takes {len(hit)} of the {module.experts} experts of a layer",
+        rule.where,
+        f"one grouped matmul runs all experts of {part.prefix}{module.name}",
+        f'pattern: {module.name}   or   pattern: "*.mlp.experts.*.{module.name.rsplit(".", 1)[1]}"',
+    )
+
+
+def _mismatch(rule: Rule, served: tuple[str, ...], label: str, found: list[Assigned]) -> Problem:
+    index = found[0].part.index
     return Problem(
         "scheme-mismatch",
-        f"the file cannot serve scheme {rule.scheme} for {names[0]}{more}",
+        f"the file cannot serve scheme {rule.scheme} for {found[0].name}{_more(len(found))}",
         f"{rule.where}  pattern {rule.pattern}",
-        f"{index.root.name} holds it in a form that serves: {', '.join(served)}",
+        f"{index.root.name} holds it{f' as {label},' if label else ''} in a form that serves: {', '.join(served)}",
         f"scheme: auto   or   scheme: {served[0]}",
     )
 
 
-def _unused(rule: Rule, matched: list[str], modules: Sequence[Module]) -> Problem:
+def _more(count: int) -> str:
+    return f" and {count - 1} more" if count > 1 else ""
+
+
+def _unused(rule: Rule, matched: list[str], names: list[str]) -> Problem:
     if matched:
         return Problem(
             "pattern-shadowed",
@@ -100,12 +260,15 @@ def _unused(rule: Rule, matched: list[str], modules: Sequence[Module]) -> Proble
             "the first matching pattern wins",
             "move it up, or delete it",
         )
-    names = [m.name for m in modules]
     like = nearest(rule.pattern, names, count=3, cutoff=0.3)
     return Problem(
         "pattern-unmatched",
         f"pattern {rule.pattern} matches no module of this model",
         rule.where,
         "patterns address Hugging Face module names, as globs or re:...",
-        f"nearest: {', '.join(like)}" if like else f"for example {names[1]}",
+        f"nearest: {', '.join(like)}" if like else f"for example {names[min(1, len(names) - 1)]}",
     )
+
+
+def _distinct(problems: Iterable[Problem]) -> list[Problem]:
+    return list(dict.fromkeys(problems))

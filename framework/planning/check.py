@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from framework.capability.judge import judge
+from framework.capability.judge import Policy, Question, judge
+from framework.capability.limits import Fit, Limits, fit
 from framework.capability.table import Table
 from framework.checkpoint.index import Index
 from framework.checkpoint.ledger import Ledger, settle
-from framework.checkpoint.safetensors import read_json
-from framework.errors import InputError, Problem
-from framework.families.base import DecoderSpec, modules
-from framework.families.config import describe
-from framework.families.gguf import describe_gguf
-from framework.formats.base import Layout
-from framework.formats.registry import LAYOUTS, detect
-from framework.geometry import Kind
-from framework.planning.assign import Assigned, Rule, assign
-from framework.planning.shard import Cuts, cut
+from framework.errors import Problem
+from framework.formats.base import TensorSpec
+from framework.geometry import Rect, Split
+from framework.planning.assign import Assigned, Part, Rule, assign
+from framework.planning.demands import demands
+from framework.planning.parts import Described, describe_model
+from framework.planning.shard import Cuts, cut, place
 from framework.recipe.schema import Recipe
+
+_MAX_SIZES = 64  # tensor-parallel sizes that are tried to name those that split
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a recipe is judged by: the support table, the limits of the ops, the CANN of this machine (None: none)."""
+
+    table: Table
+    limits: Limits
+    cann: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +47,28 @@ class RowUse:
     origin: str
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A module with all that was decided: its scheme and row, its split and shards, how its op runs it."""
+
+    assigned: Assigned
+    row: str | None
+    split: Split
+    shards: tuple[Rect, ...]
+    fit: Fit | None
+
+
 @dataclass(frozen=True)
 class Checked:
     """The outcome of a check. A plan can be made when there are no problems."""
 
     recipe: Recipe
-    index: Index
-    table: Table
-    format: str
-    evidence: str
-    spec: DecoderSpec
-    layout: Layout
-    assigned: tuple[Assigned, ...]
+    capability: Capability
+    model: Described
     rows: tuple[RowUse, ...]
-    row_of: dict[str, str | None]
+    placed: tuple[Placed, ...]
+    cuts: Mapping[str, Cuts]
     ledger: Ledger
-    cuts: Cuts | None
     problems: tuple[Problem, ...]
     notes: tuple[str, ...] = field(default=())
 
@@ -61,12 +77,27 @@ class Checked:
         """True when nothing stands against running."""
         return not self.problems
 
+    @property
+    def index(self) -> Index:
+        """The headers of the first part: of an LLM, all."""
+        return self.model.parts[0].index
+
+    @property
+    def root(self) -> Path:
+        """Where the model is: a file, or the folder of it or of its parts."""
+        return self.index.root if self.model.decoder else self.index.root.parent
+
+    @property
+    def format(self) -> str:
+        """The format, of all parts if they differ."""
+        return ", ".join(dict.fromkeys(part.format for part in self.model.parts))
+
     def to_json(self) -> dict[str, Any]:
         """Return CLI.md's document of `check`."""
         return {
             "ok": self.ok,
             "tier": self.recipe.hardware.name,
-            "table": self.table.name,
+            "table": self.capability.table.name,
             "format": self.format,
             "rows": [
                 {
@@ -91,56 +122,26 @@ class Checked:
         }
 
 
-def check(recipe: Recipe, index: Index, table: Table) -> Checked:
-    """Check a recipe against a checkpoint's headers.
+def check(recipe: Recipe, indexes: Mapping[str, Index], capability: Capability) -> Checked:
+    """Check a recipe against the headers of a model's parts (an LLM has one, under the empty prefix).
 
     Raises:
         UserError: where nothing further can be checked (unknown format or architecture, unreadable config).
     """
-    format_name, evidence = detect(index, recipe.quantization.format)
-    layout = LAYOUTS[format_name]
-    spec = describe_checkpoint(index)
-    all_modules = list(modules(spec))
-    assigned, problems = assign(all_modules, _rules(recipe), layout, index)
-    rows, row_of, row_problems = _judge_all(recipe, table, format_name, assigned)
-    expected = {m.name: layout.tensors_of(m, index) for m in all_modules}
-    expected |= layout.extras(index)
-    ledger = settle(index, expected, layout.ignorable)
-    grains = {a.module.name: layout.grain(a.module, a.scheme, index) for a in assigned}
-    cuts = cut(all_modules, grains, spec.heads, spec.kv_heads, recipe.parallel.tp_size)
-    problems += row_problems + list(ledger.problems) + _other_problems(recipe, spec)
-    if isinstance(cuts, Problem):
-        where = recipe.origins.get("parallel.tp_size", "")
-        problems.append(replace(cuts, where=f"parallel.tp_size={recipe.parallel.tp_size}  ({where})"))
+    model = describe_model(indexes, recipe.quantization.format)
+    assigned, problems = assign(model.parts, _rules(recipe), online=recipe.quantization.online)
+    for part in model.parts:
+        problems += part.layout.faults(part.modules, part.index)
+    rows, row_of, row_problems, notes = _judge_all(recipe, capability, assigned)
+    ledger = _settle_all(model, assigned)
+    placed, cuts, cut_problems, fit_notes = _place_all(recipe, capability.limits, model, assigned, row_of)
+    problems += [*row_problems, *ledger.problems, *cut_problems, *demands(recipe, model)]
+    said = [note for part in model.parts for note in part.index.notes]
+    said += [*_dequantized(assigned), *_kept_float(recipe, assigned), *notes, *fit_notes]
     return Checked(
-        recipe, index, table, format_name, evidence, spec, layout, tuple(assigned), rows, row_of, ledger,
-        None if isinstance(cuts, Problem) else cuts,
-        tuple(problems), index.notes,
+        recipe, capability, model, rows, tuple(placed), cuts, ledger,
+        tuple(dict.fromkeys(problems)), tuple(dict.fromkeys(said)),
     )  # fmt: skip
-
-
-def describe_checkpoint(index: Index) -> DecoderSpec:
-    """Return the decoder that a checkpoint holds."""
-    if index.container == "gguf":
-        return describe_gguf(index)
-    if index.config is None:
-        raise InputError(
-            Problem(
-                "config-missing",
-                "the checkpoint has no config.json",
-                str(index.root),
-                "the architecture and its shapes are in it",
-                "put the config.json that was published with the weights beside them",
-            )
-        )
-    spec = describe(index.config)
-    path = Path(index.root) / "generation_config.json"
-    given = read_json(path) if path.is_file() else None
-    if isinstance(given, dict):
-        eos = given.get("eos_token_id")
-        more = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, *more))))
-    return spec
 
 
 def _rules(recipe: Recipe) -> list[Rule]:
@@ -155,92 +156,158 @@ def _rules(recipe: Recipe) -> list[Rule]:
     ]
 
 
+def _question(entry: Assigned, kind: str) -> Question:
+    return Question(entry.part.format, entry.scheme, entry.module.layer_type, kind, entry.mode)
+
+
 def _judge_all(
-    recipe: Recipe, table: Table, format_name: str, assigned: list[Assigned]
-) -> tuple[tuple[RowUse, ...], dict[str, str | None], list[Problem]]:
-    groups = Counter((a.scheme, a.rule) for a in assigned if a.module.kind is Kind.LINEAR)
-    uses, problems, verdicts = [], [], {}
-    for (scheme, rule), count in groups.items():
-        verdict = judge(
-            table,
-            format_name,
-            scheme,
-            "linear",
-            tier=recipe.hardware.name,
-            allow=tuple(recipe.capability.allow),
-            modules=count,
-            where=f"{rule.where}  pattern {rule.pattern}" if rule else "quantization.layers",
-        )
-        verdicts[scheme] = verdict.row
-        uses.append(
-            RowUse(
-                verdict.row,
-                verdict.status,
-                scheme,
-                "linear",
-                count,
-                rule.pattern if rule else "",
-                rule.where if rule and rule.scheme != "auto" else "file",
-            )
-        )
-        if verdict.problem:
-            problems.append(verdict.problem)
-    row_of = {a.module.name: verdicts[a.scheme] if a.module.kind is Kind.LINEAR else None for a in assigned}
-    return tuple(uses), row_of, problems
+    recipe: Recipe, capability: Capability, assigned: list[Assigned]
+) -> tuple[tuple[RowUse, ...], dict[str, str], list[Problem], list[str]]:
+    policy = Policy(recipe.hardware.name, tuple(recipe.capability.allow), capability.cann)
+    groups: dict[tuple[Question, Rule | None], list[Assigned]] = {}
+    for entry in assigned:
+        if entry.module.quantizable:
+            groups.setdefault((_question(entry, recipe.model.kind), entry.rule), []).append(entry)
+    uses, problems, notes = [], [], []
+    row_of: dict[str, str] = {}
+    for (asked, rule), entries in groups.items():
+        count = sum(entry.module.count for entry in entries)
+        where = f"{rule.where}  pattern {rule.pattern}" if rule else "quantization.layers"
+        verdict = judge(capability.table, asked, policy, modules=count, where=where)
+        origin = rule.where if rule and rule.scheme != "auto" else "file"
+        pattern = rule.pattern if rule else ""
+        uses.append(RowUse(verdict.row, verdict.status, asked.scheme, asked.layer_type, count, pattern, origin))
+        row_of |= {entry.name: verdict.row for entry in entries}
+        problems += [verdict.problem] if verdict.problem else []
+        notes += [verdict.note] if verdict.note else []
+    return tuple(uses), row_of, problems, notes
 
 
-def _other_problems(recipe: Recipe, spec: DecoderSpec) -> list[Problem]:
-    problems = []
-    if recipe.runtime.dtype == "float32" and recipe.runtime.device == "npu":
-        problems.append(
-            Problem(
-                "dtype-device",
-                "float32 is the reference mode of the CPU, this recipe asks for NPUs",
-                recipe.origins.get("runtime.dtype", "runtime.dtype"),
-                "the NPU ops of the quantized layers take float16 and bfloat16",
-                "runtime.dtype=bfloat16   or   runtime.device=cpu",
-            )
+def _settle_all(model: Described, assigned: list[Assigned]) -> Ledger:
+    ledgers = []
+    for part in model.parts:
+        expected: dict[str, Sequence[TensorSpec]] = {
+            entry.name: entry.held.tensors for entry in assigned if entry.part is part
+        }
+        expected |= {part.prefix + user: specs for user, specs in part.layout.extras(part.index).items()}
+        ledgers.append((part.prefix, settle(part.index, expected, model.ignorable(part))))
+    return Ledger(
+        {prefix + name: module for prefix, one in ledgers for name, module in one.consumed.items()},
+        tuple((prefix + name, reason) for prefix, one in ledgers for name, reason in one.ignored),
+        tuple(prefix + name for prefix, one in ledgers for name in one.missing),
+        tuple(prefix + name for prefix, one in ledgers for name in one.unexpected),
+        tuple(problem for _, one in ledgers for problem in one.problems),
+    )
+
+
+def _place_all(
+    recipe: Recipe, limits: Limits, model: Described, assigned: list[Assigned], row_of: dict[str, str]
+) -> tuple[list[Placed], dict[str, Cuts], list[Problem], list[str]]:
+    tp_size = recipe.parallel.tp_size
+    where = f"parallel.tp_size={tp_size}  ({recipe.origins.get('parallel.tp_size', 'default')})"
+    placed: list[Placed] = []
+    all_cuts: dict[str, Cuts] = {}
+    problems: list[Problem] = []
+    for part, group in groupby(assigned, key=lambda entry: entry.part):
+        entries = list(group)
+        grains = {entry.module.name: _grain(entry, limits) for entry in entries}
+        heads = (model.decoder.heads, model.decoder.kv_heads) if model.decoder else None
+        cuts = cut(part.modules, grains, tp_size, heads)
+        if isinstance(cuts, Problem):
+            problems.append(replace(cuts, where=where))
+            continue
+        all_cuts[part.prefix] = cuts
+        uncut = []
+        for entry in entries:
+            at = place(entry.module, cuts, grains[entry.module.name], tp_size)
+            if at is None:
+                uncut.append(entry)
+                continue
+            made = _fit(entry, limits, at[1]) if entry.module.quantizable and entry.scheme != "float" else None
+            placed.append(Placed(entry, row_of.get(entry.name), *at, made))
+        if uncut:
+            problems.append(_unaligned(uncut, grains, heads, part, where))
+    return placed, all_cuts, problems + _refused(placed), _fit_notes(placed)
+
+
+def _grain(entry: Assigned, limits: Limits) -> tuple[int, int]:
+    """Rows and columns at which a module may be cut: dequantized at load it can be cut anywhere."""
+    if entry.scheme == "float" or not entry.module.quantizable:
+        return (1, 1)
+    limit = limits.get((entry.scheme, entry.module.layer_type))
+    held = entry.held.grain if entry.mode == "offline" else (1, 1)
+    return limit.grain(held) if limit else held
+
+
+def _fit(entry: Assigned, limits: Limits, shards: tuple[Rect, ...]) -> Fit | None:
+    """Return how the op takes the worst of a module's shards."""
+    if (entry.scheme, entry.module.layer_type) not in limits:
+        return None  # no row either, which is said by the verdict
+    shapes = dict.fromkeys(rect.shape for rect in shards)
+    fits = [fit(limits, entry.scheme, entry.module.layer_type, n, k, entry.held.group) for n, k in shapes]
+    return max(fits, key=lambda one: (one.refused, one.scheme == "float", one.pieces))
+
+
+def _unaligned(
+    uncut: list[Assigned], grains: Mapping[str, tuple[int, int]], heads: tuple[int, int] | None, part: Part, where: str
+) -> Problem:
+    first = uncut[0]
+    sizes = []
+    for size in range(1, _MAX_SIZES + 1):
+        cuts = cut(part.modules, grains, size, heads)
+        if isinstance(cuts, Cuts) and all(place(m, cuts, grains.get(m.name, (1, 1)), size) for m in part.modules):
+            sizes.append(size)
+    return Problem(
+        "tp-align",
+        f"{first.name}{f' and {len(uncut) - 1} more' if len(uncut) > 1 else ''} cannot be cut at this size",
+        where,
+        f"{first.held.label or first.scheme}: rows can be cut at multiples of {grains[first.module.name][0]} only",
+        f"sizes that split: {', '.join(map(str, sizes))}",
+    )
+
+
+def _by_reason(placed: list[Placed], *, refused: bool) -> dict[tuple[str, str], list[Placed]]:
+    found: dict[tuple[str, str], list[Placed]] = {}
+    for one in placed:
+        if one.fit is not None and one.fit.reason and one.fit.refused == refused:
+            found.setdefault((one.assigned.scheme, one.fit.reason), []).append(one)
+    return found
+
+
+def _refused(placed: list[Placed]) -> list[Problem]:
+    return [
+        Problem(
+            "op-limit",
+            f"{scheme} of {group[0].assigned.name}{f' and {len(group) - 1} more' if len(group) > 1 else ''} "
+            "does not fit its op",
+            f"shape {list(group[0].assigned.module.shape)}, shard {list(group[0].shards[0].shape)}",
+            reason,
+            "scheme: float (dequantized at load)   or   another parallel.tp_size",
         )
-    context = recipe.runtime.context
-    if context not in (None, "auto") and int(context) > spec.context:
-        problems.append(
-            Problem(
-                "context",
-                f"a context of {int(context)} tokens was asked, the model has {spec.context}",
-                recipe.origins.get("runtime.context", "runtime.context"),
-                "positions beyond the model's context give garbage",
-                f"runtime.context={spec.context}",
-            )
-        )
-    if recipe.model.assume is not None:
-        problems.append(
-            Problem(
-                "assume-not-yet",
-                "model.assume cannot be used yet",
-                recipe.origins.get("model.assume", "model.assume"),
-                "recipes are checked against the headers of a real checkpoint",
-                "leave model.assume out and give model.path",
-            )
-        )
-    if recipe.quantization.online:
-        problems.append(
-            Problem(
-                "online-not-yet",
-                "online quantization cannot be run yet",
-                recipe.origins.get("quantization.online", "quantization.online"),
-                "checkpoints are run as they are, or dequantized at load",
-                "quantization.online=false",
-            )
-        )
-    for name in ("ep_size", "cfg_size", "ulysses_size", "data_size"):
-        if getattr(recipe.parallel, name) != 1:
-            problems.append(
-                Problem(
-                    "parallel-unused",
-                    f"parallel.{name} has no meaning for a dense language model",
-                    recipe.origins.get(f"parallel.{name}", f"parallel.{name}"),
-                    "dense decoders are split by tensor parallelism alone",
-                    f"parallel.{name}=1",
-                )
-            )
-    return problems
+        for (scheme, reason), group in _by_reason(placed, refused=True).items()
+    ]
+
+
+def _fit_notes(placed: list[Placed]) -> list[str]:
+    return [
+        f"{sum(one.assigned.module.count for one in group)} {scheme} modules ({group[0].assigned.name}): {reason}"
+        for (scheme, reason), group in _by_reason(placed, refused=False).items()
+    ]
+
+
+def _dequantized(assigned: list[Assigned]) -> list[str]:
+    """Say what the recipe declares float and the file holds quantized."""
+    count = sum(
+        entry.module.count
+        for entry in assigned
+        if entry.module.quantizable and entry.scheme == "float" and entry.held.scheme != "float"
+    )
+    return [f"{count} quantized modules are declared float: dequantized at load"] if count else []
+
+
+def _kept_float(recipe: Recipe, assigned: list[Assigned]) -> list[str]:
+    if not recipe.quantization.online:
+        return []
+    kept = [e for e in assigned if e.module.role and e.rule is not None and e.rule.scheme not in ("auto", "float")]
+    names = list(dict.fromkeys(entry.module.role.value for entry in kept))
+    return [f"{' and '.join(names)} stay float: online quantization leaves them alone"] if kept else []

@@ -1,30 +1,24 @@
-"""From a check without problems to a Plan: shards, bytes per rank, the paged cache, the roofline."""
+"""From a check without problems to a Plan: all autos resolved, modules with their ops, ranks, the roofline."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from framework.capability.limits import Limits
 from framework.errors import Problem, Refused
-from framework.geometry import Rect
-from framework.planning.check import Checked
-from framework.planning.memory import (
-    PAGE_TOKENS,
-    module_bytes,
-    page_bytes,
-    workspace_bytes,
-)
-from framework.planning.plan import Plan, PlannedModule, RankPlan, RuntimePlan
+from framework.families.base import DecoderSpec
+from framework.planning.check import Checked, Placed
+from framework.planning.plan import Plan, PlannedModule, RuntimePlan
+from framework.planning.ranks import cache_pages, plan_ranks
 from framework.planning.roofline import roofline
-from framework.planning.shard import Cuts, place
+from framework.planning.shard import Cuts
 
-GIB = 1 << 30
 AUTO_CONTEXT = 32768
 AUTO_BATCH = 16
 CHUNK_TOKENS = 512
-# Without a device the cache comes out of the host's memory, which the plan does not know.
-CPU_CACHE_BYTES = 2 * GIB
 
 
 def make_plan(checked: Checked, device: str) -> Plan:
@@ -35,8 +29,7 @@ def make_plan(checked: Checked, device: str) -> Plan:
     """
     if checked.problems:
         raise Refused(checked.problems)
-    assert checked.cuts is not None
-    recipe, spec = checked.recipe, checked.spec
+    recipe, decoder = checked.recipe, checked.model.decoder
     dtype = recipe.runtime.dtype
     if dtype == "float32" and device != "cpu":
         raise Refused(
@@ -48,33 +41,33 @@ def make_plan(checked: Checked, device: str) -> Plan:
                 "runtime.dtype=bfloat16   or   runtime.device=cpu",
             )
         )
-    modules = _placed(checked, checked.cuts)
-    context = _context(checked)
-    max_batch = AUTO_BATCH if recipe.runtime.max_batch in (None, "auto") else int(recipe.runtime.max_batch)
-    ranks, pages = _ranks(checked, modules, device, context, max_batch)
+    modules = tuple(_planned(placed, checked.capability.limits) for placed in checked.placed)
     runtime = RuntimePlan(
-        device,
-        dtype,
-        cache_dtype(device, dtype),
-        _threads(checked),
-        context,
-        max_batch,
-        pages,
-        CHUNK_TOKENS,
-        recipe.runtime.seed,
+        device=device,
+        dtype=dtype,
+        cache_dtype=cache_dtype(device, dtype),
+        threads=_threads(checked),
+        context=_context(checked, decoder) if decoder else 0,
+        max_batch=_max_batch(checked) if decoder else 0,
+        cache_pages=0,
+        chunk_tokens=CHUNK_TOKENS if decoder else 0,
+        seed=recipe.runtime.seed,
     )
+    if decoder:
+        runtime = replace(runtime, cache_pages=cache_pages(checked, decoder, modules, runtime))
     plan = Plan(
         recipe=recipe.name,
         tier=recipe.hardware.name,
-        table=checked.table.name,
-        checkpoint=str(Path(checked.index.root).absolute()),
+        table=checked.capability.table.name,
+        checkpoint=str(Path(checked.root).absolute()),
         format=checked.format,
         tp_size=recipe.parallel.tp_size,
-        spec=spec,
+        spec=decoder,
+        transformers=dict(checked.model.transformers or {}),
         runtime=runtime,
         modules=modules,
-        ranks=ranks,
-        notes=(*checked.notes, *_imbalance(checked.cuts, spec.kv_heads)),
+        ranks=plan_ranks(checked, modules, runtime),
+        notes=(*checked.notes, *_imbalance(checked.cuts, decoder), *_uncounted(decoder)),
     )
     return replace(plan, roofline=roofline(plan, recipe.hardware))
 
@@ -84,21 +77,33 @@ def cache_dtype(device: str, dtype: str) -> str:
     return "float32" if device == "cpu" else dtype
 
 
-def _placed(checked: Checked, cuts: Cuts) -> tuple[PlannedModule, ...]:
-    placed = []
-    for given in checked.assigned:
-        grain = checked.layout.grain(given.module, given.scheme, checked.index)
-        split, shards = place(given.module, cuts, grain, checked.recipe.parallel.tp_size)
-        row = checked.row_of[given.module.name]
-        placed.append(PlannedModule(given.module, checked.format, given.scheme, row, split, shards))
-    return tuple(placed)
+def _planned(placed: Placed, limits: Limits) -> PlannedModule:
+    entry, fit = placed.assigned, placed.fit
+    module = entry.module
+    return PlannedModule(
+        name=entry.name,
+        module=module,
+        format=entry.part.format,
+        scheme=fit.scheme if fit else entry.scheme,
+        row=placed.row,
+        split=placed.split,
+        shards=placed.shards,
+        label=entry.held.label,
+        group=entry.held.group,
+        mode=entry.mode,
+        op=fit.op if fit else limits["float", module.layer_type].ops if module.quantizable else "",
+        pieces=fit.pieces if fit else 1,
+    )
 
 
-def _context(checked: Checked) -> int:
+def _context(checked: Checked, decoder: DecoderSpec) -> int:
     asked = checked.recipe.runtime.context
-    if asked in (None, "auto"):
-        return min(checked.spec.context, AUTO_CONTEXT)
-    return int(asked)
+    return min(decoder.context, AUTO_CONTEXT) if asked in (None, "auto") else int(asked)
+
+
+def _max_batch(checked: Checked) -> int:
+    asked = checked.recipe.runtime.max_batch
+    return AUTO_BATCH if asked in (None, "auto") else int(asked)
 
 
 def _threads(checked: Checked) -> int:
@@ -109,94 +114,24 @@ def _threads(checked: Checked) -> int:
     return max(1, cores // checked.recipe.parallel.tp_size)
 
 
-def held_bytes(planned: PlannedModule, rank: int, dtype: str, held: dict[str, str]) -> int:
-    """Bytes of a rank's part of a module. A tied head that keeps its embedding's form holds nothing of its own.
-
-    `held` maps the names of modules seen so far to their schemes.
-    """
-    module = planned.module
-    held[module.name] = planned.scheme
-    if module.tied_to and held.get(module.tied_to) == planned.scheme:
-        return 0
-    rect: Rect = planned.shards[rank]
-    return module_bytes(module, planned.scheme, rect, dtype)
-
-
-def _ranks(
-    checked: Checked, modules: tuple[PlannedModule, ...], device: str, context: int, max_batch: int
-) -> tuple[tuple[RankPlan, ...], int]:
-    recipe, spec, cuts = checked.recipe, checked.spec, checked.cuts
-    assert cuts is not None
-    tp_size, dtype = recipe.parallel.tp_size, recipe.runtime.dtype
-    hbm = recipe.hardware.hbm_gib
-    capacity = int(hbm * GIB * recipe.runtime.memory_fraction) if hbm else 0
-    workspace = workspace_bytes(spec, tp_size, CHUNK_TOKENS, max_batch)
-    weights = []
-    for rank in range(tp_size):
-        held: dict[str, str] = {}
-        weights.append(sum(held_bytes(planned, rank, dtype, held) for planned in modules))
-    wanted = max_batch * -(-context // PAGE_TOKENS)
-    per_page = [page_bytes(spec, share, cache_dtype(device, dtype)) for share in cuts.heads]
-    pages = wanted
-    if recipe.runtime.max_batch in (None, "auto"):
-        room = [CPU_CACHE_BYTES // p for p in per_page] if device == "cpu" else [wanted]
-        if capacity:
-            room += [(capacity - w - workspace) // p for w, p in zip(weights, per_page, strict=True)]
-        pages = min(wanted, *room)
-        pages = max(pages, -(-context // PAGE_TOKENS) if recipe.runtime.context not in (None, "auto") else 1)
-    per_node = recipe.hardware.devices_per_node or tp_size
-    ranks = tuple(
-        RankPlan(
-            rank=r,
-            node=r // per_node,
-            device=r % per_node,
-            heads=cuts.heads[r],
-            weights_bytes=weights[r],
-            kv_cache_bytes=pages * per_page[r],
-            workspace_bytes=workspace,
-            capacity_bytes=capacity,
-            fits=not capacity or weights[r] + pages * per_page[r] + workspace <= capacity,
-        )
-        for r in range(tp_size)
-    )
-    tight = [rank for rank in ranks if not rank.fits]
-    if tight:
-        raise Refused(_too_big(checked, tight[0], context, max_batch, per_page[tight[0].rank]))
-    return ranks, pages
-
-
-def _too_big(checked: Checked, rank: RankPlan, context: int, max_batch: int, per_page: int) -> Problem:
-    need = rank.weights_bytes + rank.kv_cache_bytes + rank.workspace_bytes
-    room = rank.capacity_bytes - rank.weights_bytes - rank.workspace_bytes
-    sequences = room // (per_page * -(-context // PAGE_TOKENS)) if room > 0 else 0
-    tokens = room // (per_page * max_batch) * PAGE_TOKENS if room > 0 else 0
-    fixes = []
-    if sequences > 0:
-        fixes.append(f"runtime.max_batch={sequences}")
-    if tokens > 0:
-        fixes.append(f"runtime.context={tokens}")
-    if checked.recipe.parallel.tp_size < checked.spec.kv_heads:
-        fixes.append(f"parallel.tp_size={min(2 * checked.recipe.parallel.tp_size, checked.spec.kv_heads)}")
-    fixes.append("a quantized checkpoint" if room <= 0 else "runtime.max_batch=auto")
-    return Problem(
-        "memory",
-        f"rank {rank.rank} needs {need / GIB:.2f} GiB, {rank.capacity_bytes / GIB:.2f} GiB may be used",
-        f"{checked.recipe.hardware.name}, rank {rank.rank}",
-        f"weights {rank.weights_bytes / GIB:.2f}, KV cache {rank.kv_cache_bytes / GIB:.2f} "
-        f"({max_batch} sequences x {context} tokens), workspace {rank.workspace_bytes / GIB:.2f}; "
-        f"memory_fraction {checked.recipe.runtime.memory_fraction}",
-        "   or   ".join(fixes),
-    )
-
-
-def _imbalance(cuts: Cuts, kv_heads: int) -> list[str]:
-    queries = [share.q1 - share.q0 for share in cuts.heads]
+def _imbalance(all_cuts: Mapping[str, Cuts], decoder: DecoderSpec | None) -> list[str]:
     notes = []
-    if len(set(queries)) > 1:
-        notes.append(
-            f"uneven heads: {' + '.join(map(str, queries))} query heads on ranks 0 to {len(queries) - 1}; "
-            f"the largest rank has {max(queries) * len(queries) / sum(queries):.2f} times the mean"
-        )
-    if len(queries) > kv_heads:
-        notes.append(f"{len(queries)} ranks share {kv_heads} KV heads: each rank holds a copy of one")
+    for prefix, cuts in all_cuts.items():
+        counts = [q1 - q0 for q0, q1 in cuts.axes.get("q_heads" if decoder else "heads", ())]
+        if len(set(counts)) > 1:
+            notes.append(
+                f"{f'{prefix[:-1]}: ' if prefix else ''}uneven heads: {' + '.join(map(str, counts))} query heads on "
+                f"ranks 0 to {len(counts) - 1}; the largest rank has {max(counts) * len(counts) / sum(counts):.2f} "
+                "times the mean"
+            )
+        if decoder and len(counts) > 1 and decoder.mla:
+            notes.append("every rank holds the whole latent cache: MLA has no KV heads to deal")
+        elif decoder and len(counts) > decoder.kv_heads:
+            notes.append(f"{len(counts)} ranks share {decoder.kv_heads} KV heads: each rank holds a copy of one")
     return notes
+
+
+def _uncounted(decoder: DecoderSpec | None) -> list[str]:
+    if decoder:
+        return []
+    return ["text encoder, VAE and activations are not counted: transformers only"]

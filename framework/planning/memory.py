@@ -1,40 +1,53 @@
-"""Bytes a rank will hold: weights by scheme, the paged KV cache, workspace. Formulas, no device."""
+"""Bytes a rank will hold: weights by scheme, the paged cache, workspace. Formulas, no device."""
 
 from __future__ import annotations
 
+from framework.capability.storage import STORAGE, WEIGHT_ONLY
 from framework.families.base import DecoderSpec
-from framework.geometry import HeadShare, Kind, Module, Rect
+from framework.geometry import HeadShare, Kind, Module
+from framework.planning.plan import PlannedModule
 
 PAGE_TOKENS = 128
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-GROUP = 32  # of GGUF's 4- and 8-bit blocks
 
 
-def module_bytes(module: Module, scheme: str, rect: Rect, dtype: str) -> int:
+def module_bytes(planned: PlannedModule, rank: int, dtype: str) -> int:
     """Bytes of one rank's part of a module as its scheme holds it on the device (scales and bias included).
 
-    float: one `dtype` value a weight. w4a16, w8a16: packed codes, a scale and an offset a group of 32.
-    In the fp32 reference mode packed weights are held dequantized.
+    In the fp32 reference mode weight-only schemes are held dequantized.
     """
     width = DTYPE_BYTES[dtype]
-    n, k = rect.shape
-    bias = n * width if module.bias else 0
-    if scheme == "float" or dtype == "float32":
-        return rect.size * width + bias
-    bits = {"w4a16": 4, "w8a16": 8}[scheme]
-    return rect.size * bits // 8 + n * -(-k // GROUP) * 2 * width + bias
+    n, k = planned.shards[rank].shape
+    bias = n * width if planned.module.bias else 0
+    scheme = "float" if dtype == "float32" and planned.scheme in WEIGHT_ONLY else planned.scheme
+    return planned.module.count * (STORAGE[scheme].of(n, k, planned.group, width) + bias)
+
+
+def rank_weights(modules: tuple[PlannedModule, ...], rank: int, dtype: str) -> list[int]:
+    """Bytes of each module on one rank. A tied head that keeps its embedding's form holds nothing of its own."""
+    schemes = {planned.name: planned.scheme for planned in modules}
+    return [
+        0
+        if planned.module.tied_to and schemes.get(planned.module.tied_to) == planned.scheme
+        else module_bytes(planned, rank, dtype)
+        for planned in modules
+    ]
 
 
 def page_bytes(spec: DecoderSpec, share: HeadShare, dtype: str) -> int:
-    """Bytes of one page of 128 tokens over all layers of a rank: keys and values."""
-    heads = share.kv1 - share.kv0
-    return PAGE_TOKENS * spec.layers * 2 * heads * spec.head_dim * DTYPE_BYTES[dtype]
+    """Bytes of one page of 128 tokens over all layers of a rank: keys and values, or MLA's latent."""
+    return PAGE_TOKENS * spec.layers * spec.cache_values(share.kv1 - share.kv0) * DTYPE_BYTES[dtype]
 
 
 def workspace_bytes(spec: DecoderSpec, tp_size: int, chunk_tokens: int, max_batch: int) -> int:
     """Activations of one prefill chunk at its widest (gate and up, fp32), and the logits of a full batch."""
-    widest = 2 * spec.intermediate // tp_size + 2 * spec.hidden
-    return 4 * (chunk_tokens * widest + max_batch * spec.vocab)
+    dense = -(-2 * spec.intermediate // tp_size)
+    if spec.moe is None:
+        widest = dense
+    else:
+        routed = spec.moe.top_k * (-(-2 * spec.moe.intermediate // tp_size) + spec.hidden)
+        widest = max(dense, routed + -(-2 * spec.moe.shared_intermediate // tp_size))
+    return 4 * (chunk_tokens * (widest + 2 * spec.hidden) + max_batch * spec.vocab)
 
 
 def kv_bytes_per_token(spec: DecoderSpec, share: HeadShare, dtype: str) -> int:
@@ -42,6 +55,10 @@ def kv_bytes_per_token(spec: DecoderSpec, share: HeadShare, dtype: str) -> int:
     return page_bytes(spec, share, dtype) // PAGE_TOKENS
 
 
-def is_read_every_token(module: Module) -> bool:
-    """False for an embedding, of which a token reads one row only."""
-    return module.kind is not Kind.EMBEDDING
+def read_share(module: Module, spec: DecoderSpec | None) -> float:
+    """Share of a module's weights that one token reads: one row of an embedding, top_k of the experts."""
+    if module.kind is Kind.EMBEDDING:
+        return 0.0
+    if module.kind is Kind.EXPERTS and spec is not None and spec.moe is not None:
+        return spec.moe.top_k / spec.moe.experts
+    return 1.0

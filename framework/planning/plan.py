@@ -6,24 +6,45 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from framework.families.base import DecoderSpec
-from framework.geometry import HeadShare, Kind, Module, Rect, Split
+from framework.families.diffusion import DiffusionSpec
+from framework.geometry import HeadShare, Kind, Module, Rect, Role, Split
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedModule:
-    """A module with its scheme, judging row (None for norms and embeddings) and one rectangle per rank."""
+    """A module with all that was decided about it.
 
+    Attributes:
+        name: as patterns and plans say it; experts of a layer are one entry, `*` for their number.
+        scheme: what it runs with; `float` also where codes are dequantized at load.
+        row: the row of the support table that judged it; None for norms, embeddings and parameters.
+        shards: one rectangle per rank, of each expert alike.
+        label: the file's own word for how it is held.
+        group: input features that share a scale in the file; 0: all of a row.
+        mode: `online` if it is quantized at load.
+        op: the calls that run it; `pieces` of them whose results are joined or added.
+    """
+
+    name: str
     module: Module
     format: str
     scheme: str
     row: str | None
     split: Split
     shards: tuple[Rect, ...]
+    label: str = ""
+    group: int = 0
+    mode: str = "offline"
+    op: str = ""
+    pieces: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """One rank: where it runs and what it holds, in bytes; its heads."""
+    """One rank: where it runs and what it holds, in bytes; its heads.
+
+    `load_peak_bytes` is reached while the last weights are laid out: all weights, and the largest module twice.
+    """
 
     rank: int
     node: int
@@ -34,6 +55,7 @@ class RankPlan:
     workspace_bytes: int
     capacity_bytes: int
     fits: bool
+    load_peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +75,10 @@ class RuntimePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The meeting of recipe, headers and support table."""
+    """The meeting of recipe, headers and support table.
+
+    `spec` is the decoder of an LLM, `transformers` are those of a pipeline by the prefix of their modules.
+    """
 
     recipe: str
     tier: str
@@ -61,7 +86,8 @@ class Plan:
     checkpoint: str
     format: str
     tp_size: int
-    spec: DecoderSpec
+    spec: DecoderSpec | None
+    transformers: dict[str, DiffusionSpec]
     runtime: RuntimePlan
     modules: tuple[PlannedModule, ...]
     ranks: tuple[RankPlan, ...]
@@ -81,7 +107,8 @@ class Plan:
             "format": self.format,
             "tp_size": self.tp_size,
             "runtime": asdict(self.runtime),
-            "spec": self.spec.to_json(),
+            "spec": self.spec.to_json() if self.spec else None,
+            "transformers": {prefix: spec.to_json() for prefix, spec in self.transformers.items()},
             "notes": list(self.notes),
         }
 
@@ -91,7 +118,8 @@ class Plan:
         names = ("recipe", "tier", "table", "checkpoint", "format", "tp_size", "roofline")
         return cls(
             **{name: data[name] for name in names},
-            spec=DecoderSpec.from_json(data["spec"]),
+            spec=DecoderSpec.from_json(data["spec"]) if data["spec"] else None,
+            transformers={k: DiffusionSpec.from_json(v) for k, v in data["transformers"].items()},
             runtime=RuntimePlan(**data["runtime"]),
             modules=tuple(_module_from(entry) for entry in data["modules"]),
             ranks=tuple(_rank_from(entry) for entry in data["ranks"]),
@@ -112,33 +140,55 @@ def _rank_from(data: dict[str, Any]) -> RankPlan:
 
 def _module_json(planned: PlannedModule) -> dict[str, Any]:
     module = planned.module
+    experts = {"experts": [0, module.experts - 1]} if module.experts else {}
     return {
-        "name": module.name,
+        "name": planned.name,
         "format": planned.format,
         "scheme": planned.scheme,
         "row": planned.row,
         "split": str(planned.split),
         "shape": list(module.shape),
         "shards": [[r.n0, r.n1, r.k0, r.k1] for r in planned.shards],
+        **experts,
+        "label": planned.label,
+        "group": planned.group,
+        "mode": planned.mode,
+        "op": planned.op,
+        "pieces": planned.pieces,
+        "module": _described(module),
+    }
+
+
+def _described(module: Module) -> dict[str, Any]:
+    """What the family says of a module beyond its shape."""
+    return {
+        "name": module.name,
         "kind": str(module.kind),
+        "split": str(module.split),
         "axis": module.axis,
         "unit": module.unit,
         "bias": module.bias,
         "tied_to": module.tied_to,
-        "described_split": str(module.split),
+        "role": str(module.role),
+        "dims": list(module.dims),
     }
 
 
 def _module_from(data: dict[str, Any]) -> PlannedModule:
+    given = data["module"]
     module = Module(
-        data["name"],
-        Kind(data["kind"]),
-        tuple(data["shape"]),
-        Split(data["described_split"]),
-        data["axis"],
-        data["unit"],
-        data["bias"],
-        data["tied_to"],
+        name=given["name"],
+        kind=Kind(given["kind"]),
+        shape=tuple(data["shape"]),
+        split=Split(given["split"]),
+        axis=given["axis"],
+        unit=given["unit"],
+        bias=given["bias"],
+        tied_to=given["tied_to"],
+        experts=data["experts"][1] + 1 if "experts" in data else 0,
+        role=Role(given["role"]),
+        dims=tuple(given["dims"]),
     )
+    same = ("name", "format", "scheme", "row", "label", "group", "mode", "op", "pieces")
     shards = tuple(Rect(*rect) for rect in data["shards"])
-    return PlannedModule(module, data["format"], data["scheme"], data["row"], Split(data["split"]), shards)
+    return PlannedModule(module=module, split=Split(data["split"]), shards=shards, **{key: data[key] for key in same})

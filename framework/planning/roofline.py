@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from framework.geometry import Rect
-from framework.planning.memory import is_read_every_token, kv_bytes_per_token, module_bytes
+from framework.planning.memory import kv_bytes_per_token, rank_weights, read_share
 from framework.planning.plan import Plan
 from framework.recipe.schema import Hardware
 
@@ -18,18 +17,23 @@ def roofline(plan: Plan, hardware: Hardware) -> dict[str, Any]:
     A figure is None where the hardware's bandwidth or peak is not known.
     """
     dtype = plan.runtime.dtype
-    weights, touched = [], []
+    weights: list[int] = []
+    touched: list[int] = []
     for rank in range(plan.tp_size):
-        read = params = 0
-        for planned in plan.modules:
-            if not is_read_every_token(planned.module):
-                continue
-            rect: Rect = planned.shards[rank]
-            read += module_bytes(planned.module, planned.scheme, rect, dtype)
-            params += rect.size
-        weights.append(read)
-        touched.append(params)
-    kv = [kv_bytes_per_token(plan.spec, rank.heads, plan.runtime.cache_dtype) for rank in plan.ranks]
+        held = rank_weights(plan.modules, rank, dtype)
+        shares = [read_share(planned.module, plan.spec) for planned in plan.modules]
+        weights.append(round(sum(size * share for size, share in zip(held, shares, strict=True))))
+        touched.append(
+            round(
+                sum(
+                    planned.shards[rank].size * planned.module.count * share
+                    for planned, share in zip(plan.modules, shares, strict=True)
+                )
+            )
+        )
+    kv = [
+        kv_bytes_per_token(plan.spec, rank.heads, plan.runtime.cache_dtype) if plan.spec else 0 for rank in plan.ranks
+    ]
     bandwidth = hardware.bandwidth_tb_s
     peak = hardware.peak_tflops.get("bf16")
     slowest = max(range(plan.tp_size), key=lambda r: weights[r])
@@ -44,7 +48,8 @@ def roofline(plan: Plan, hardware: Hardware) -> dict[str, Any]:
         "prefill_tok_s_at_best": peak * 1e12 / (2 * touched[slowest]) if peak else None,
         "assumptions": [
             "batch 1, empty context, communication not counted",
-            "each weight is read once a token at full bandwidth; real kernels reach 45 to 60 % of it",
+            "each weight is read once a token at full bandwidth (of experts the chosen ones); kernels reach 45 to 60 %",
+            "prefill as if every matrix product ran in bf16",
             "bandwidth and peak are conf/hardware figures of the tier, unknown where no source could be read",
         ],
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import lcm
+from math import gcd, lcm
 
 from framework.errors import Problem
-from framework.geometry import HeadShare, Kind, Module, Rect, Split
+from framework.geometry import HeadShare, Module, Rect, Split
 
 
 def deal(count: int, ranks: int) -> list[tuple[int, int]]:
@@ -44,26 +45,35 @@ VOCAB_GRAIN = 16
 
 @dataclass(frozen=True)
 class Cuts:
-    """The dealing of every axis: `axes[name][rank]` is a half-open range of that axis's elements."""
+    """The dealing of every axis: `axes[name][rank]` is a half-open range of that axis's elements.
+
+    `heads` is empty for a model without heads of its own kind of dealing (a diffusion transformer).
+    """
 
     axes: dict[str, list[tuple[int, int]]]
     heads: list[HeadShare]
 
 
 def cut(
-    modules: list[Module], grains: dict[str, tuple[int, int]], heads: int, kv_heads: int, tp_size: int
+    modules: Iterable[Module], grains: Mapping[str, tuple[int, int]], tp_size: int, heads: tuple[int, int] | None = None
 ) -> Cuts | Problem:
-    """Deal all axes, respecting each module's grain (rows, columns), or say why it is impossible."""
-    if tp_size > heads:
-        return Problem(
-            "tp-heads",
-            f"{heads} attention heads cannot be split over {tp_size} ranks",
-            "parallel.tp_size",
-            "every rank needs at least one whole query head",
-            f"parallel.tp_size={heads}   (any size from 1 to {heads})",
-        )
-    shares = deal_heads(heads, kv_heads, tp_size)
-    axes = {"q_heads": [(s.q0, s.q1) for s in shares], "kv_heads": [(s.kv0, s.kv1) for s in shares]}
+    """Deal all axes, respecting each module's grain (rows, columns), or say why it is impossible.
+
+    `heads` are the query and KV heads of a decoder, whose axes `q_heads` and `kv_heads` are dealt by whole KV groups.
+    """
+    axes: dict[str, list[tuple[int, int]]] = {}
+    shares: list[HeadShare] = []
+    if heads is not None:
+        if tp_size > heads[0]:
+            return Problem(
+                "tp-heads",
+                f"{heads[0]} attention heads cannot be split over {tp_size} ranks",
+                "parallel.tp_size",
+                "every rank needs at least one whole query head",
+                f"parallel.tp_size={heads[0]}   (any size from 1 to {heads[0]})",
+            )
+        shares = deal_heads(*heads, tp_size)
+        axes = {"q_heads": [(s.q0, s.q1) for s in shares], "kv_heads": [(s.kv0, s.kv1) for s in shares]}
     lengths: dict[str, int] = {}
     row_steps: dict[str, int] = {"vocab": VOCAB_GRAIN}
     column_steps: dict[str, int] = {}
@@ -74,7 +84,7 @@ def cut(
         lengths[module.axis] = module.shape[0 if by_rows else 1] // module.unit
         grain = grains.get(module.name, (1, 1))[0 if by_rows else 1]
         steps = row_steps if by_rows else column_steps
-        steps[module.axis] = lcm(steps.get(module.axis, 1), max(1, grain // module.unit))
+        steps[module.axis] = lcm(steps.get(module.axis, 1), grain // gcd(grain, module.unit))
     for axis, length in lengths.items():
         # too few whole groups for every rank: cut anywhere, and let `place` keep the rows of the row-split modules
         wishes = (lcm(row_steps.get(axis, 1), column_steps.get(axis, 1)), row_steps.get(axis, 1), 1)
@@ -91,21 +101,26 @@ def cut(
     return Cuts(axes, shares)
 
 
-def place(module: Module, cuts: Cuts, grain: tuple[int, int], tp_size: int) -> tuple[Split, tuple[Rect, ...]]:
-    """Return how a module is split and each rank's rectangle.
+def place(module: Module, cuts: Cuts, grain: tuple[int, int], tp_size: int) -> tuple[Split, tuple[Rect, ...]] | None:
+    """Return how a module is split and each rank's rectangle; None if its bytes cannot be cut there.
 
     A row split whose columns cannot be cut at the grain keeps whole rows instead: its rows are dealt and its
     inputs gathered (`rows+gather`).
     """
     n, k = module.shape
-    if module.kind is Kind.NORM or not module.axis:
+    if not module.axis:
         return Split.REPLICATED, (module.full,) * tp_size
     ranges = [(a * module.unit, b * module.unit) for a, b in cuts.axes[module.axis]]
     if module.split is Split.ROW:
-        if all(a % grain[1] == 0 and (b % grain[1] == 0 or b == k) for a, b in ranges):
+        if _aligned(ranges, grain[1], k):
             return Split.ROW, tuple(Rect(0, n, a, b) for a, b in ranges)
-        if tp_size == 1:
-            return Split.ROW, (module.full,)
-        step = VOCAB_GRAIN if n >= VOCAB_GRAIN * tp_size else 1
-        return Split.ROWS_GATHER, tuple(Rect(a, b, 0, k) for a, b in deal_axis(n, tp_size, step))
+        step = lcm(VOCAB_GRAIN, grain[0])
+        step = next((wish for wish in (step, grain[0]) if -(-n // wish) >= tp_size), 0)
+        return (Split.ROWS_GATHER, tuple(Rect(a, b, 0, k) for a, b in deal_axis(n, tp_size, step))) if step else None
+    if not _aligned(ranges, grain[0], n):
+        return None
     return module.split, tuple(Rect(a, b, 0, k) for a, b in ranges)
+
+
+def _aligned(ranges: list[tuple[int, int]], grain: int, end: int) -> bool:
+    return all(a % grain == 0 and (b % grain == 0 or b == end) for a, b in ranges)

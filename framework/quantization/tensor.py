@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
+
+MX_BLOCK = 32  # elements that share an e8m0 scale
+MX_OUTER_BLOCK = 512  # elements that share an outer scale, in two-level MX
+# Values of the sixteen e2m1 codes (OCP Microscaling Formats 1.0).
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 @dataclass(frozen=True)
 class QuantTensor:
     """A logical weight [N, K], quantized or plain, on the CPU.
 
-    `codes` [N, K]: a float tensor when `scale` is None (then nothing else is set), else integer codes (int8).
-    `scale` [N, G] float with G = K / group_size (one group: per channel).
-    Value = scale * (code - zero), or scale * code + minimum where a format stores a float minimum.
-    `zero` and `minimum` [N, G]; at most one of them. `bits` is the width of a code (4 or 8).
+    Attributes:
+        codes: [N, K]. A float weight when `scale` is None (then nothing else is set); else by `element`: `int`
+            integer codes (int8, or uint8 of 8 bits), `e4m3` torch.float8_e4m3fn, `e2m1` codes 0..15 as uint8.
+        scale: integers: [N, G] float with G = K / group_size (one group: per channel). MX elements: e8m0 bytes
+            uint8 [N, ceil(K / 32)], value 2^(byte - 127).
+        zero: [N, G]; value = scale * (code - zero).
+        minimum: [N, G]; value = scale * code + minimum. At most one of zero and minimum.
+        group_size: input features that share a scale.
+        bits: width of a code: 4 or 8.
+        element: `int`, `e4m3` or `e2m1`.
+        outer: two-level MX: fp32 [N, ceil(K / 512)], which multiplies the value.
+        order: [K] int64, the input feature that column k multiplies; None: k. (GPTQ's activation order: groups are
+            contiguous in `codes`, not in the input.)
+        rows: tensors [N, ...] that follow the output features (`quant_bias`, `deq_scale`).
+        columns: tensors [K] that follow the input features (`mul_scale`).
+        whole: tensors of the weight as a whole (`input_scale`, `input_offset`).
     """
 
     codes: Tensor
@@ -24,6 +42,12 @@ class QuantTensor:
     minimum: Tensor | None = None
     group_size: int = 0
     bits: int = 0
+    element: str = "int"
+    outer: Tensor | None = None
+    order: Tensor | None = None
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -36,24 +60,52 @@ class QuantTensor:
         return self.scale is None
 
     def slice(self, n0: int, n1: int, k0: int, k1: int) -> QuantTensor:
-        """Return rows n0..n1, columns k0..k1; columns must respect the group size."""
-        codes = self.codes[n0:n1, k0:k1]
+        """Return rows n0..n1, columns k0..k1; columns must respect groups and blocks.
+
+        Raises:
+            ValueError: the cut goes through a group, or through an order of the columns.
+        """
+        k = self.codes.shape[1]
         if self.scale is None:
-            return QuantTensor(codes)
-        size = self.group_size
-        if k0 % size or (k1 % size and k1 != self.codes.shape[1]):
-            raise ValueError(f"columns {k0}..{k1} cut a group of {size}")
-        groups = slice(k0 // size, -(-k1 // size))
-        part = {
-            name: None if value is None else value[n0:n1, groups]
-            for name, value in (("scale", self.scale), ("zero", self.zero), ("minimum", self.minimum))
-        }
-        return replace(self, codes=codes, **part)
+            return QuantTensor(self.codes[n0:n1, k0:k1])
+        if self.order is not None and (k0, k1) != (0, k):
+            raise ValueError("columns in activation order cannot be cut")
+
+        def groups(value: Tensor | None, size: int) -> Tensor | None:
+            if value is None:
+                return None
+            if value.shape[1] == 1:
+                return value[n0:n1]
+            if k0 % size or (k1 % size and k1 != k):
+                raise ValueError(f"columns {k0}..{k1} cut a group of {size}")
+            return value[n0:n1, k0 // size : -(-k1 // size)]
+
+        per_channel = self.scale.shape[1] == 1
+        return replace(
+            self,
+            codes=self.codes[n0:n1, k0:k1],
+            scale=groups(self.scale, self.group_size),
+            zero=groups(self.zero, self.group_size),
+            minimum=groups(self.minimum, self.group_size),
+            group_size=k1 - k0 if per_channel else self.group_size,
+            outer=groups(self.outer, MX_OUTER_BLOCK),
+            rows={name: value[n0:n1] for name, value in self.rows.items()},
+            columns={name: value[k0:k1] for name, value in self.columns.items()},
+        )
 
     def dequantize(self) -> Tensor:
-        """Return the weight [N, K] in fp32."""
+        """Return the weight [N, K] in fp32, columns in the order of the input features."""
         if self.scale is None:
             return self.codes.float()
+        values = self._integers() if self.element == "int" else self._mx()
+        if self.order is None:
+            return values
+        ordered = torch.empty_like(values)
+        ordered[:, self.order] = values
+        return ordered
+
+    def _integers(self) -> Tensor:
+        assert self.scale is not None
         codes = self.codes.float().unflatten(1, (-1, self.group_size))
         scale = self.scale.float().unsqueeze(2)
         if self.minimum is not None:
@@ -64,9 +116,19 @@ class QuantTensor:
             values = codes * scale
         return values.flatten(1)
 
+    def _mx(self) -> Tensor:
+        assert self.scale is not None
+        k = self.codes.shape[1]
+        values = self.codes.float() if self.element == "e4m3" else torch.tensor(E2M1)[self.codes.long()]
+        exponents = self.scale.int() - 127
+        values = torch.ldexp(values, exponents.repeat_interleave(MX_BLOCK, dim=1)[:, :k])
+        if self.outer is not None:
+            values = values * self.outer.repeat_interleave(MX_OUTER_BLOCK, dim=1)[:, :k]
+        return values
+
 
 def concat(parts: list[QuantTensor]) -> QuantTensor:
-    """Stack weights of equal K and equal kind along N (fused q/k/v, gate/up)."""
+    """Stack weights of equal K and equal kind along N (fused q/k/v, gate/up); see `fusable`."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -75,4 +137,24 @@ def concat(parts: list[QuantTensor]) -> QuantTensor:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)
 
-    return replace(first, **{name: stack(name) for name in ("codes", "scale", "zero", "minimum")})
+    stacked = {name: stack(name) for name in ("codes", "scale", "zero", "minimum", "outer")}
+    rows = {name: torch.cat([part.rows[name] for part in parts]) for name in first.rows}
+    return replace(first, **stacked, rows=rows)
+
+
+def fusable(a: QuantTensor, b: QuantTensor) -> bool:
+    """Whether `concat` of two weights over one input is one weight of the same kind."""
+
+    def alike(name: str) -> bool:
+        mine, other = getattr(a, name), getattr(b, name)
+        if isinstance(mine, Mapping):
+            return bool(mine.keys() == other.keys()) and (
+                name == "rows" or all(torch.equal(value, other[key]) for key, value in mine.items())
+            )
+        if name == "order" and mine is not None and other is not None:
+            return torch.equal(mine, other)
+        if isinstance(mine, Tensor) or isinstance(other, Tensor):
+            return (mine is None) == (other is None)
+        return bool(mine == other)
+
+    return all(alike(f.name) for f in fields(QuantTensor))

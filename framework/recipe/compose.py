@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from framework.errors import InputError, Problem, nearest
 from framework.recipe.config_source import register
-from framework.recipe.fields import Scalar, build, field_of, keys_below, read
+from framework.recipe.fields import Scalar, build, field_of, keys_below, read, with_defaults
 from framework.recipe.job_options import JOBS, KIND_OF_JOB, WITHOUT_RECIPE
 from framework.recipe.locate import conf_dir, find_recipe, recipe_name, recipes_dir
 from framework.recipe.overrides import PROGRAM, prepare
@@ -93,6 +93,8 @@ def _checked(data: dict[str, Any], job: str, origins: Mapping[str, str]) -> dict
             Problem(m.kind, f"`{m.key}` cannot be {m.text}", f"{origins.get(m.key, 'default')}  {m.key}",
                     f"it takes {m.expected}") for m in found
         )  # fmt: skip
+    for name, cls in SECTIONS.items():
+        checked[name] = with_defaults(cls, checked[name])
     for name, cls in (*SECTIONS.items(), ("job", JOBS[job])):
         for key in keys_below(cls):
             kind = field_of(cls, key)
@@ -133,6 +135,8 @@ def _of_chip(hardware: Hardware, origins: Mapping[str, str]) -> Hardware:
     """Fill in the figures of the chosen chip where the recipe gives none."""
     text = (conf_dir() / "chips" / f"{hardware.name}.yaml").read_text(encoding="utf-8")
     known = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    if f"Ascend{hardware.variant}" in known:
+        hardware = replace(hardware, variant=f"Ascend{hardware.variant}")
     if hardware.variant not in known:
         near = nearest(hardware.variant, known)
         raise InputError(

@@ -93,6 +93,19 @@ def read(kind: Any, node: Any, key: str, metadata: Mapping[str, Any], found: lis
     return _refuse(kind, node, key, metadata, found)
 
 
+def with_defaults(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain data of a dataclass with the defaults of records that were given in part."""
+    filled = dict(data)
+    for f in fields(cls):
+        if f.name not in filled:
+            made = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            filled[f.name] = list(made) if isinstance(made, tuple) else made
+        inner = _without_none(typed_fields(cls)[f.name][0])
+        if is_record(inner) and isinstance(filled[f.name], Mapping):
+            filled[f.name] = with_defaults(inner, filled[f.name])
+    return filled
+
+
 def build(kind: Any, data: Any) -> Any:  # noqa: ANN401
     """Turn checked plain data into the frozen dataclasses of the schema; lists become tuples."""
     if is_record(kind) and isinstance(data, Mapping):
@@ -150,6 +163,11 @@ def _stands_for_later(text: str) -> bool:
 def is_record(kind: Any) -> bool:  # noqa: ANN401
     """Tell whether this is a dataclass (without narrowing the type for the checker)."""
     return is_dataclass(kind)
+
+
+def is_optional_record(kind: Any) -> bool:  # noqa: ANN401
+    """Tell whether this is a dataclass or None."""
+    return _is_union(kind) and is_record(_without_none(kind))
 
 
 def _is_union(kind: Any) -> bool:  # noqa: ANN401
@@ -275,8 +293,9 @@ def _mirror_type(kind: Any) -> Any:  # noqa: ANN401
     if is_record(kind):
         return mirror(kind)
     if _is_union(kind):
+        # a record that is null cannot take a key from the command line; all values are read again by their own types
         inner = _without_none(kind)
-        return Any if _is_union(inner) else Union[_mirror_type(inner), None]  # noqa: UP007
+        return Any if _is_union(inner) or is_record(inner) else Union[_mirror_type(inner), None]  # noqa: UP007
     if get_origin(kind) is Literal:
         return str
     if get_origin(kind) is tuple:

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 
 from framework.errors import InputError, Problem, nearest
-from framework.recipe.fields import Mismatch, Scalar, describe_type, field_of, keys_below, read
+from framework.recipe.fields import Mismatch, Scalar, describe_type, field_of, is_optional_record, keys_below, read
 from framework.recipe.job_options import JOBS, RESERVED_JOBS, WITHOUT_RECIPE
 from framework.recipe.locate import find_recipe, recipe_name, recipes_dir, shipped_recipes
 from framework.recipe.schema import GROUPS, SECTIONS
@@ -69,16 +69,6 @@ def prepare(given: Sequence[str], *, multirun: bool = False, running: bool = Tru
         if len(line.corrected) and all(line.corrected.values()):
             line.problems[-1] = _with_command(line, program)
         raise InputError(line.problems)
-    if any(str(o.key_or_group).startswith("model.assume") and o.value() is not None for o in line.parsed.values()):
-        raise InputError(
-            Problem(
-                "assume-not-yet",
-                "model.assume cannot be used yet",
-                "command line",
-                "recipes are checked against the headers of a real checkpoint",
-                "leave model.assume out and give model.path",
-            )
-        )
     if running:
         _recipe_needed(line)
     return [_ready(override, text) for override, text in zip(line.parsed.values(), line.given, strict=True)]
@@ -357,9 +347,18 @@ def _ready(override: Override, text: str) -> str:
     if _is_hydra(override):
         return text
     text = text.lstrip("+")
+    if _may_be_null(override.key_or_group.rpartition(".")[0]):
+        return f"++{text}"  # adds the key to a record that the recipe leaves null
     if override.key_or_group != "recipe" or not (names := _choices(override)):
         return text
     return "recipe=" + ",".join(_hydra_name(name) for name in names)
+
+
+def _may_be_null(key: str) -> bool:
+    """Whether a key leads to a record that a recipe may leave null."""
+    section, _, rest = key.partition(".")
+    found = field_of(SECTIONS[section], rest) if rest and section in SECTIONS else None
+    return found is not None and is_optional_record(found[0])
 
 
 def _hydra_name(given: str) -> str:

@@ -23,15 +23,33 @@ Messages = tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class LayerRule:
+    """Which scheme the modules of a pattern run with."""
+
+    pattern: str = field(
+        default=MISSING, metadata={"examples": ["lm_head", "*.down_proj", "re:model\\.layers\\.[01]\\..*"]}
+    )
+    """A glob over canonical module names, or a regular expression over the whole name after `re:`."""
+    scheme: Scheme = MISSING
+    """The scheme; auto is what the file holds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Assume:
     """A checkpoint that is not at hand, described by its published config: for check and plan only."""
 
     config: str = field(default=MISSING, metadata={"path": True})
-    """The model's config.json (or the folder that holds it)."""
+    """The model's config.json (or the folder that holds it; for a pipeline, its folder)."""
     format: Format = "none"
     """The format that the weights are published in."""
-    scheme: str | None = None
+    scheme: Scheme | None = None
     """The scheme that the file holds for its quantized modules."""
+    layers: tuple[LayerRule, ...] = ()
+    """Ordered rules for modules that the file holds otherwise."""
+    group_size: int | None = field(default=None, metadata={"minimum": 1})
+    """Input features that share a scale; null: what the format's tool does by default."""
+    symmetric: bool | None = None
+    """Codes without zero points; null: what the format's tool does by default."""
     gguf_mix: str | None = field(default=None, metadata={"examples": ["Q4_K_M"]})
     """For GGUF: the mix of types, by its published name."""
 
@@ -92,18 +110,6 @@ class Hardware:
     """Devices of one host; null: the chip's."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where each figure was read."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRule:
-    """Which scheme the modules of a pattern run with."""
-
-    pattern: str = field(
-        default=MISSING, metadata={"examples": ["lm_head", "*.down_proj", "re:model\\.layers\\.[01]\\..*"]}
-    )
-    """A glob over canonical module names, or a regular expression over the whole name after `re:`."""
-    scheme: Scheme = MISSING
-    """The scheme; auto is what the file holds."""
 
 
 @dataclass(frozen=True, slots=True)

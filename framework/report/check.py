@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import Any
 
 from framework.report.text import block, columns, count, heading, shorten, size, width
@@ -14,9 +15,12 @@ def check_text(document: dict[str, Any], facts: dict[str, Any]) -> str:
     """
     lines = heading("check", facts["recipe"], document["tier"], facts["tp_size"], f"table {document['table']}")
     lines += [
-        f"model     {facts['model']}",
+        *_lines("model", facts["models"]),
         f"file      {shorten(facts['file'], width() - 40)}   {facts['files']}, {size(facts['bytes'])}",
-        f"format    {document['format']}   because {facts['evidence']}",
+        *_lines(
+            "format",
+            [f"{document['format']}   because {said}" if i == 0 else said for i, said in enumerate(facts["evidence"])],
+        ),
         "",
     ]
     rows = [["scheme", "layer", "modules", "status", "row", "from"]]
@@ -34,8 +38,9 @@ def check_text(document: dict[str, Any], facts: dict[str, Any]) -> str:
         f"ledger    {count(total)} tensors: {count(ledger['consumed'])} used, {len(ledger['ignored'])} ignored, "
         f"{len(ledger['missing'])} missing, {len(ledger['unexpected'])} unexpected"
     )
-    lines += [f"          ignored {item['name']}: {item['reason']}" for item in ledger["ignored"][:5]]
-    lines += [f"          {note}" for note in facts["notes"]]
+    lines += [f"          ignored {name}: {reason}" for name, reason in _ignored(ledger["ignored"])]
+    if facts["notes"]:
+        lines += ["", *_lines("notes", facts["notes"])]
     lines.append("")
     if document["ok"]:
         lines.append(f"ok  {facts['seconds']:.1f} s, headers only     next: {facts['command']} job=plan")
@@ -43,6 +48,22 @@ def check_text(document: dict[str, Any], facts: dict[str, Any]) -> str:
         many = len(document["problems"])
         lines.append(f"refused  {many} problem{'s' if many > 1 else ''}, nothing was loaded     exit status 1")
     return "\n".join(lines)
+
+
+def _ignored(items: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """One line a reason: the first name, and how many more."""
+    by_reason: dict[str, list[str]] = {}
+    for item in items:
+        by_reason.setdefault(item["reason"], []).append(item["name"])
+    return [
+        (names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), reason)
+        for reason, names in by_reason.items()
+    ]
+
+
+def _lines(label: str, said: list[str]) -> list[str]:
+    wrapped = [line for text in said for line in wrap(text, width() - 10)]
+    return [f"{label if i == 0 else '':10}{line}" for i, line in enumerate(wrapped)]
 
 
 def check_markdown(document: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ def _shards(document: dict[str, Any]) -> list[list[str]]:
     """One line per kind of module: equal but for the layer number."""
     seen: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
     for module in document["modules"]:
-        if module["kind"] == "norm":
+        if module["module"]["kind"] == "norm":
             continue
         name = re.sub(r"\.layers\.\d+\.", ".layers.*.", module["name"])
         key = (name, module["scheme"], module["split"], str(module["shards"]))

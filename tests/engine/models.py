@@ -24,7 +24,7 @@ class AttentionModel:
         self.batches = []
 
     def cache(self, pages):
-        cache = KVCache(LAYERS, pages, HEADS, DIM, torch.float64, "cpu")
+        cache = KVCache(LAYERS, pages, HEADS, (DIM, DIM), torch.float64, "cpu")
         for keys, values in cache.layers:
             # whoever reads a row that nobody wrote shall see it
             keys.fill_(float("nan"))
@@ -83,7 +83,7 @@ class Recitation:
         self.token_ids, self.start, self.vocab = token_ids, start, vocab
 
     def cache(self, pages=8):
-        return KVCache(1, pages, 1, 8, torch.float32, "cpu")
+        return KVCache(1, pages, 1, (8, 8), torch.float32, "cpu")
 
     def __call__(self, batch, cache):
         logits = torch.zeros(len(batch.logit_rows), self.vocab)

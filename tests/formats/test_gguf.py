@@ -198,28 +198,27 @@ def test_a_head_is_tied_only_when_no_part_has_an_output():
     assert layout.tensor_name(head, replace(split, tensors=without)) == "token_embd"
 
 
-@pytest.mark.parametrize(
-    ("architecture", "family"),
-    [("llama", "LLAMA"), ("qwen2", "QWEN2"), ("qwen3", "QWEN3"), ("gemma3", "GEMMA3")],
-)
-def test_our_names_are_those_of_gguf(architecture, family):
-    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family], 4)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3", "qwen3moe", "deepseek2"])
+def test_our_names_are_those_of_gguf(architecture):
+    theirs = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), 4)
     index = Index(Path("m.gguf"), "gguf", {}, {"general.architecture": architecture})
     parts = layout.GEMMA3_PARTS if architecture == "gemma3" else layout.LAYER_PARTS
-    if architecture in ("llama", "qwen2"):
-        parts = [part for part in parts if not part.endswith(("q_norm", "k_norm"))]
+    known = 0
     for name in [*layout.TOP, *(f"model.layers.3.{part}" for part in parts)]:
         module = Module(name, Kind.LINEAR, (1, 1), Split.REPLICATED)
-        assert layout.tensor_name(module, index) == theirs.get_name(name), name
+        found = theirs.get_name(name.replace(".*.", "."))  # gguf names a stack without the star
+        known += found is not None
+        assert found is None or layout.tensor_name(module, index) == found, name
+    assert known >= {"llama": 12, "qwen2": 12, "deepseek2": 22}.get(architecture, 14)
 
 
 def test_blocks_of_32_can_be_kept_packed_and_others_are_dequantized():
     index = open_index(GOLDEN / "tiny-qwen3" / "gguf-q4_0-split-1l" / "model-00001-of-00004.gguf")
     gguf_layout = GgufLayout()
     down = linear(256, 512)
-    assert gguf_layout.schemes_of(down, index) == ("float", "w4a16")
-    assert gguf_layout.grain(down, "w4a16", index) == (1, 32)
-    assert gguf_layout.grain(down, "float", index) == (1, 1)
+    held = gguf_layout.held(down, index)
+    assert held.schemes == ("float", "w4a16") and (held.label, held.group, held.symmetric) == ("Q4_0", 32, True)
+    assert held.grain == (1, 32)
 
 
 def test_large_weights_are_decoded_in_chunks_of_rows(tmp_path):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from framework.checkpoint.ledger import settle
 from framework.checkpoint.open import open_index
 from framework.checkpoint.reader import Reader
+from framework.formats.names import naming, stem
 from framework.formats.plain import decode as plain
-from framework.formats.plain.layout import PlainLayout, prefix_of, tensor_name
+from framework.formats.plain.layout import PlainLayout
 from framework.geometry import Kind, Module, Rect, Split
 
 BASE = Path(__file__).parents[1] / "golden" / "tiny-qwen3" / "base"
@@ -68,23 +69,24 @@ def test_weights_biases_and_norms_of_every_float_dtype_are_exact_in_fp32(tmp_pat
 )
 def test_the_wrapper_of_a_multimodal_checkpoint_is_found_in_the_file(tmp_path, held, prefix, norm):
     index = saved(tmp_path, {f"{held}.weight": torch.zeros(16, 8)})
-    assert prefix_of(index) == prefix
-    assert tensor_name(Module("model.norm", Kind.NORM, (8, 1), Split.REPLICATED), index) == norm
+    assert naming(index).prefix == prefix
+    assert stem(Module("model.norm", Kind.NORM, (8, 1), Split.REPLICATED), index) == norm
 
 
 def test_a_tied_head_is_the_embedding_unless_the_file_has_one(tmp_path):
     embedding = torch.zeros(16, 8)
-    assert tensor_name(HEAD, saved(tmp_path, {"model.embed_tokens.weight": embedding})) == "model.embed_tokens"
+    assert stem(HEAD, saved(tmp_path, {"model.embed_tokens.weight": embedding})) == "model.embed_tokens"
     both = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding + 1}
-    assert tensor_name(HEAD, saved(tmp_path, both)) == "lm_head"
+    assert stem(HEAD, saved(tmp_path, both)) == "lm_head"
 
 
 def test_fp64_and_integer_weights_are_refused_by_the_ledger(tmp_path):
     layout = PlainLayout()
     for dtype in (torch.float64, torch.int8):
         index = saved(tmp_path, {"model.embed_tokens.weight": torch.zeros(16, 8, dtype=dtype)})
-        expected = {EMBEDDING.name: layout.tensors_of(EMBEDDING, index)}
-        assert [p.code for p in settle(index, expected, layout.ignorable).problems] == ["tensor-dtype"]
+        expected = {EMBEDDING.name: layout.held(EMBEDDING, index).tensors}
+        ledger = settle(index, expected, lambda name: None)
+        assert [problem.code for problem in ledger.problems] == ["tensor-dtype"]
 
 
 def test_columns_of_a_wide_weight_are_read_without_the_rest(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import safetensors.numpy
 
 from framework.checkpoint.open import open_index
-from framework.errors import InputError, Refused, UserError
-from framework.formats.registry import LAYOUTS, decoder, detect
+from framework.errors import InputError, UserError
+from framework.formats.registry import detect
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny-qwen3"
 
@@ -36,11 +36,6 @@ def test_float_safetensors_and_ggufs_are_known_with_evidence():
     assert name == "gguf" and "IQ4_NL" in why
 
 
-def test_every_format_has_both_halves():
-    for name in LAYOUTS:
-        assert callable(decoder(name).decode) and callable(decoder(name).bias)
-
-
 @pytest.mark.parametrize(
     ("config", "found"),
     [
@@ -53,11 +48,10 @@ def test_every_format_has_both_halves():
     ],
 )
 @pytest.mark.parametrize("as_file", [False, True])
-def test_a_declared_quantization_is_named_and_refused_for_now(folder, config, found, as_file):
+def test_a_declared_quantization_is_found_where_it_is_declared(folder, config, found, as_file):
     (folder / "config.json").write_text(json.dumps(config))
-    error = refusal(folder / "model.safetensors" if as_file else folder)
-    assert isinstance(error, Refused)
-    assert error.problems[0].code == "format-not-yet" and f"format {found} " in error.problems[0].what
+    name, why = detect(open_index(folder / "model.safetensors" if as_file else folder))
+    assert name == found and why.startswith("config.json")
 
 
 @pytest.mark.parametrize(
@@ -71,8 +65,25 @@ def test_a_declared_quantization_is_named_and_refused_for_now(folder, config, fo
 )
 def test_a_description_beside_the_weights_is_seen(folder, name, found):
     (folder / name).write_text("{}")
+    format_name, why = detect(open_index(folder))
+    assert format_name == found and why.startswith(name)
+
+
+def test_two_descriptions_are_refused_with_their_names(folder):
+    for name in ("quant_model_description_w8a8.json", "quant_model_description_w4a4.json"):
+        (folder / name).write_text("{}")
     problem = refusal(folder).problems[0]
-    assert problem.code == "format-not-yet" and found in problem.what and name in problem.why
+    assert problem.code == "format-conflict" and "w8a8" in problem.why and "w4a4" in problem.why
+
+
+def test_sources_that_disagree_are_refused_until_the_recipe_picks_one(folder):
+    (folder / "quant_model_description.json").write_text('{"a.weight": "W8A8"}')
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    problem = refusal(folder).problems[0]
+    assert problem.code == "format-conflict"
+    assert "quant_model_description.json" in problem.what and "config.json" in problem.what
+    assert detect(open_index(folder), "modelslim")[0] == "modelslim"
+    assert detect(open_index(folder), "gptq")[0] == "gptq"
 
 
 def test_a_method_that_nobody_here_knows_is_refused_by_its_name(folder):

@@ -68,7 +68,7 @@ def test_shards_tile_every_weight_exactly_once(kv_heads, group, head_dim, interm
     model = spec(heads=heads, kv_heads=kv_heads, head_dim=head_dim, intermediate=intermediate, vocab=vocab, hidden=64)
     all_modules = list(modules(model))
     grains = {m.name: (1, grain) for m in all_modules if m.kind is Kind.LINEAR}
-    cuts = cut(all_modules, grains, heads, kv_heads, tp_size)
+    cuts = cut(all_modules, grains, tp_size, (heads, kv_heads))
     assert not isinstance(cuts, Problem)
     for module in all_modules:
         split, shards = place(module, cuts, grains.get(module.name, (1, 1)), tp_size)
@@ -89,7 +89,7 @@ def test_modules_of_one_axis_are_cut_at_the_same_places():
     model = spec()
     all_modules = list(modules(model))
     grains = {m.name: (1, 32) for m in all_modules}
-    cuts = cut(all_modules, grains, 9, 3, 5)
+    cuts = cut(all_modules, grains, 5, (9, 3))
     placed = {m.name: place(m, cuts, (1, 32), 5)[1] for m in all_modules}
     gate = [(r.n0, r.n1) for r in placed["model.layers.0.mlp.gate_proj"]]
     assert gate == [(r.k0, r.k1) for r in placed["model.layers.0.mlp.down_proj"]]
@@ -98,7 +98,7 @@ def test_modules_of_one_axis_are_cut_at_the_same_places():
 
 @pytest.mark.parametrize("tp_size", [10, 64])
 def test_more_ranks_than_query_heads_are_refused_with_the_largest_size(tp_size):
-    problem = cut(list(modules(spec())), {}, 9, 3, tp_size)
+    problem = cut(list(modules(spec())), {}, tp_size, (9, 3))
     assert problem.code == "tp-heads"
     assert "parallel.tp_size=9" in problem.fix
 
@@ -108,7 +108,7 @@ def test_a_cut_that_would_split_a_quantization_group_keeps_rows_and_gathers():
     model = spec(head_dim=16, hidden=144)
     all_modules = list(modules(model))
     grains = {m.name: (1, 32) for m in all_modules}
-    cuts = cut(all_modules, grains, 9, 3, 3)
+    cuts = cut(all_modules, grains, 3, (9, 3))
     o_proj = next(m for m in all_modules if m.name.endswith("o_proj"))
     split, shards = place(o_proj, cuts, (1, 32), 3)
     assert split is Split.ROWS_GATHER

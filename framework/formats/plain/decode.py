@@ -7,7 +7,7 @@ from torch import Tensor
 
 from framework.checkpoint.index import Index, TensorInfo
 from framework.checkpoint.reader import Reader
-from framework.formats.plain.layout import tensor_name
+from framework.formats.names import stem
 from framework.geometry import Kind, Module, Rect
 from framework.quantization.tensor import QuantTensor
 
@@ -25,7 +25,7 @@ def decode(
     dtype: torch.dtype = torch.float32,
 ) -> QuantTensor:
     """Return a rectangle of a module's weight in `dtype`."""
-    info = index.tensors[f"{tensor_name(module, index)}.weight"]
+    info = index.tensors[f"{stem(module, index)}.weight"]
     if module.kind is Kind.NORM:
         return QuantTensor(_vector(info, reader)[rect.n0 : rect.n1].unsqueeze(1))
     size = TYPES[info.dtype].itemsize
@@ -41,7 +41,7 @@ def decode(
 
 def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
     """Return rows n0..n1 of a module's bias in fp32."""
-    info = index.tensors[f"{tensor_name(module, index)}.bias"]
+    info = index.tensors[f"{stem(module, index)}.bias"]
     return _vector(info, reader)[rect.n0 : rect.n1]
 
 

@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from framework.checkpoint.index import Index
-from framework.formats.base import TensorSpec
+from framework.errors import Problem
+from framework.formats.base import FLOATS, Assumed, Held, TensorSpec
+from framework.formats.names import stem, tower
 from framework.geometry import Kind, Module
 
-FLOATS = ("BF16", "F16", "F32")
-# wrappers of multimodal checkpoints put the text model under one of these
-PREFIXES = ("", "language_model.", "model.language_model.")
+
+def float_tensors(module: Module, index: Index) -> tuple[TensorSpec, ...]:
+    """Return what a module that is not quantized has in the file: every format stores those alike.
+
+    A norm may carry a bias that its architecture does not know: anti-outlier methods shift it there.
+    """
+    name = stem(module, index)
+    n, k = module.shape
+    if module.kind is Kind.PARAMETER:
+        return (TensorSpec("weight", name, module.dims, FLOATS),)
+    shape = (n,) if module.kind is Kind.NORM else (n, k)
+    weight = TensorSpec("weight", f"{name}.weight", shape, FLOATS)
+    if module.bias or (module.kind is Kind.NORM and f"{name}.bias" in index.tensors):
+        return (weight, TensorSpec("bias", f"{name}.bias", (n,), FLOATS))
+    return (weight,)
 
 
-def tensor_name(module: Module, index: Index) -> str:
-    """Return the name, without suffix, of the tensor that holds a module's weight."""
-    prefix = prefix_of(index)
-    name = module.name
-    if module.tied_to and f"{_prefixed(prefix, name)}.weight" not in index.tensors:
-        name = module.tied_to
-    return _prefixed(prefix, name)
+def held_float(module: Module, index: Index) -> Held:
+    """Return a module that is not quantized."""
+    return Held("float", float_tensors(module, index), label="float")
 
 
-def prefix_of(index: Index) -> str:
-    """Return the wrapper prefix of the text model in this file."""
-    for prefix in PREFIXES:
-        if f"{_prefixed(prefix, 'model.embed_tokens')}.weight" in index.tensors:
-            return prefix
-    return ""
+def ignorable_float(name: str) -> str | None:
+    """Buffers that old releases saved, and towers of multimodal wrappers that text does not need."""
+    if name.endswith((".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")):
+        return "a buffer that is computed, not loaded"
+    return tower(name)
 
 
-def _prefixed(prefix: str, name: str) -> str:
-    # transformers 5 writes model.language_model.layers..., not model.language_model.model.layers...
-    if prefix == "model.language_model." and name.startswith("model."):
-        return prefix + name.removeprefix("model.")
-    return name if prefix == "model.language_model." else prefix + name
+def assumed_float(module: Module) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return the tensors that a float module of a stand-in has, bf16."""
+    if module.kind is Kind.PARAMETER:
+        return [(module.name, "BF16", module.dims)]
+    n, k = module.shape
+    shape = (n,) if module.kind is Kind.NORM else (n, k)
+    made = [
+        entry
+        for name in module.names()
+        for entry in [(f"{name}.weight", "BF16", shape), (f"{name}.bias", "BF16", (n,))][: 1 + module.bias]
+    ]
+    return [] if module.tied_to else made
 
 
 class PlainLayout:
@@ -47,34 +66,26 @@ class PlainLayout:
         kinds = sorted({info.dtype for info in index.tensors.values()})
         return f"nothing declares a quantization; tensors are {', '.join(kinds)}"
 
-    def schemes_of(self, module: Module, index: Index) -> tuple[str, ...]:
+    def held(self, module: Module, index: Index) -> Held:
         """Float only."""
-        return ("float",)
+        return held_float(module, index)
 
-    def tensors_of(self, module: Module, index: Index) -> list[TensorSpec]:
-        """A weight, and a bias where the module has one; vectors have one dimension."""
-        name = tensor_name(module, index)
-        n, k = module.shape
-        shape = (n,) if module.kind is Kind.NORM else (n, k)
-        specs = [TensorSpec("weight", f"{name}.weight", shape, FLOATS)]
-        if module.bias:
-            specs.append(TensorSpec("bias", f"{name}.bias", (n,), FLOATS))
-        return specs
+    def stacked(self, module: Module, index: Index) -> bool:
+        """Every expert has tensors of its own."""
+        return False
 
     def extras(self, index: Index) -> dict[str, list[TensorSpec]]:
         """Nothing beyond the modules."""
         return {}
 
-    def ignorable(self, name: str) -> str | None:
-        """Buffers that old releases saved, and towers of multimodal wrappers that text does not need."""
-        if name.endswith((".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")):
-            return "a buffer that is computed, not loaded"
-        if name.startswith(
-            ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-        ):
-            return "the vision side of a multimodal model; text only is run"
-        return None
+    def ignorable(self, name: str, index: Index) -> str | None:
+        """Buffers and vision towers."""
+        return ignorable_float(name)
 
-    def grain(self, module: Module, scheme: str, index: Index) -> tuple[int, int]:
-        """Floats can be cut anywhere."""
-        return (1, 1)
+    def faults(self, modules: Sequence[Module], index: Index) -> list[Problem]:
+        """Nothing is described, so nothing can be described wrongly."""
+        return []
+
+    def stand_in(self, modules: Sequence[Module], scheme: str, options: dict[str, Any]) -> Assumed:
+        """Return a float checkpoint in bf16."""
+        return Assumed(tuple(entry for module in modules for entry in assumed_float(module)), {}, {})

@@ -24,6 +24,8 @@ def fused_infer_attention_score(
     actual_seq_lengths: list[int] | None = None,
     actual_seq_lengths_kv: list[int] | None = None,
     block_table: Tensor | None = None,
+    query_rope: Tensor | None = None,
+    key_rope: Tensor | None = None,
     num_heads: int = 1,
     scale: float = 1.0,
     pre_tokens: int = WHOLE,
@@ -46,6 +48,8 @@ def fused_infer_attention_score(
         actual_seq_lengths: TND: cumulative query ends; else query rows per batch entry.
         actual_seq_lengths_kv: TND without pages: cumulative ends; else rows per sequence.
         block_table: int32 [B, max_blocks] for a paged cache.
+        query_rope: TND [T, N, R]; further features of the queries (latent attention).
+        key_rope: those of the keys, laid out as `key`; values have none.
         num_heads: N.
         scale: factor of the scores.
         pre_tokens: keys before the diagonal that a row sees (modes 0 and 4).
@@ -57,7 +61,7 @@ def fused_infer_attention_score(
         inner_precise: hardware only, ignored.
         block_size: rows of a page.
         softmax_lse_flag: return the log-sum-exp.
-        unsupported: quantized, prefix and rope arguments; refused unless they have their default.
+        unsupported: quantized and prefix arguments; refused unless they have their default.
 
     Returns:
         The output like `query` (value head size), and fp32 lse [T, N, 1] or [B, N, S, 1] (one zero if it is
@@ -70,15 +74,17 @@ def fused_infer_attention_score(
         raise NotImplementedError(f"npu_fused_infer_attention_score: no CPU kernel for {', '.join(given)}")
     kv_heads = num_key_value_heads or num_heads
     queries = _rows(query, num_heads, input_layout)
+    if query_rope is not None:
+        queries = torch.cat((queries, _rows(query_rope, num_heads, input_layout)), dim=-1)
     spans = _spans(query, input_layout, actual_seq_lengths)
     if block_table is None:
-        stored = (_rows(key, kv_heads, input_layout), _rows(value, kv_heads, input_layout))
+        stored = tuple(_rows(given, kv_heads, input_layout) for given in (key, value, key_rope) if given is not None)
         keys = _Keys(stored, _spans(key, input_layout, actual_seq_lengths_kv or actual_seq_lengths), None)
     else:
-        pages = (_pages(key, kv_heads), _pages(value, kv_heads))
+        pages = tuple(_pages(given, kv_heads) for given in (key, value, key_rope) if given is not None)
         keys = _Keys(pages, [(0, length) for length in actual_seq_lengths_kv or ()], block_table.tolist())
     rule = _Rule(scale, sparse_mode, pre_tokens, next_tokens, atten_mask)
-    output = queries.new_zeros((*queries.shape[:2], keys.stored[1].shape[-1]))
+    output = query.new_zeros((*queries.shape[:2], keys.stored[1].shape[-1]))
     lse = torch.zeros(queries.shape[:2] if softmax_lse_flag else 1)
     for index, (first, last) in enumerate(spans):
         part = _sequence(queries[first:last], keys, index, rule)
@@ -90,9 +96,12 @@ def fused_infer_attention_score(
 
 @dataclass(frozen=True, slots=True)
 class _Keys:
-    """Keys and values of all sequences: rows [R, KV, D] with a span each, or pages with a table each."""
+    """Keys and values of all sequences: rows [R, KV, D] with a span each, or pages with a table each.
 
-    stored: tuple[Tensor, Tensor]
+    A third tensor holds further features of the keys.
+    """
+
+    stored: tuple[Tensor, ...]
     spans: list[tuple[int, int]]
     tables: list[list[int]] | None
 
@@ -104,9 +113,10 @@ class _Keys:
         """Keys and values of one sequence from row `start` on, fp32 [KV, S - start, D]."""
         first, last = self.spans[index]
         if self.tables is not None:
-            return sequence_rows(self.stored, self.tables[index], last, start)
-        keys, values = (rows[first + start : last].transpose(0, 1).float() for rows in self.stored)
-        return keys, values
+            keys, values, *rope = sequence_rows(self.stored, self.tables[index], last, start)
+        else:
+            keys, values, *rope = (rows[first + start : last].transpose(0, 1).float() for rows in self.stored)
+        return torch.cat((keys, *rope), dim=-1) if rope else keys, values
 
 
 @dataclass(frozen=True, slots=True)

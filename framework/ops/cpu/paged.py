@@ -57,8 +57,8 @@ def paged_attention(
 
 
 def sequence_rows(
-    caches: tuple[Tensor, Tensor], pages: list[int], length: int, start: int = 0
-) -> tuple[Tensor, Tensor]:
+    caches: tuple[Tensor, ...], pages: list[int], length: int, start: int = 0
+) -> tuple[Tensor, ...]:
     """Return rows start..length of one sequence as fp32 [KV, length - start, D], from each cache.
 
     Views of fp32 caches [blocks, block_size, KV, D] where the pages follow one another; else copies.
@@ -71,8 +71,7 @@ def sequence_rows(
     first = used[0]
     in_order = len(used) == 1 or used == list(range(first, first + len(used)))
     index = None if in_order else torch.tensor(used)
-    keys, values = (_rows(cache, first, index, start, length) for cache in caches)
-    return keys, values
+    return tuple(_rows(cache, first, index, start, length) for cache in caches)
 
 
 def _rows(cache: Tensor, first: int, index: Tensor | None, start: int, length: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""compressed-tensors: what LLM-Compressor and the Ascend converters write, declared in config.json."""

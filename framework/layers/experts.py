@@ -1,0 +1,80 @@
+"""Routed experts: which of them a token takes, and their MLPs as grouped matmuls."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from framework import ops
+from framework.families.base import Moe
+from framework.layers.linear import ParallelLinear
+from framework.layers.mlp import GatedMLP
+from framework.layers.submodules import find_submodules_directly
+
+SOFTMAX, SIGMOID = 0, 1  # norm_type of npu_moe_gating_top_k
+COUNTS = 1  # expert_tokens_num_type of npu_moe_init_routing_v2, group_list_type of npu_grouped_matmul
+
+
+class Router(nn.Module):
+    """Scores of all experts to the `top_k` chosen ones and their weights."""
+
+    def __init__(self, gate: ParallelLinear, correction: Tensor | None, moe: Moe) -> None:
+        super().__init__()
+        self.gate = gate
+        self.correction = None if correction is None else correction.float()
+        self.moe = moe
+        self.plain = moe.scoring == "softmax" and moe.groups == 1 and correction is None
+        find_submodules_directly(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] -> weights fp32 [T, k], experts int32 [T, k]; the same on every rank."""
+        return self.choose(self.gate(x).float())
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Fp32 [T, E] -> weights and experts."""
+        moe = self.moe
+        if self.plain:
+            weights, chosen, _ = ops.npu_moe_gating_top_k_softmax(scores, k=moe.top_k)
+        else:
+            # the operator divides sigmoid weights by their sum; softmax weights it leaves as they are
+            weights, chosen, _ = ops.npu_moe_gating_top_k(
+                scores,
+                moe.top_k,
+                bias=self.correction,
+                k_group=moe.top_groups,
+                group_count=moe.groups,
+                group_select_mode=1 if moe.group_best > 1 else 0,
+                norm_type=SIGMOID if moe.scoring == "sigmoid" else SOFTMAX,
+            )
+        if moe.renormalize and moe.scoring == "softmax":
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * moe.scaling, chosen
+
+
+class Experts(nn.Module):
+    """The MLP of a layer with experts: a weighted sum of the chosen ones, and shared ones that every token passes."""
+
+    def __init__(
+        self, router: Router, gate_up: ParallelLinear, down: ParallelLinear, shared: GatedMLP | None, moe: Moe
+    ) -> None:
+        super().__init__()
+        self.router, self.gate_up, self.down, self.shared_experts = router, gate_up, down, shared
+        self.experts, self.top_k = moe.experts, moe.top_k
+        find_submodules_directly(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        weights, chosen = self.router(x)
+        rows, places, counts, _ = ops.npu_moe_init_routing_v2(
+            x,
+            chosen,
+            active_num=x.shape[0] * self.top_k,
+            expert_num=self.experts,
+            expert_tokens_num_type=COUNTS,
+            expert_tokens_num_flag=True,
+            active_expert_range=[0, self.experts],
+            quant_mode=-1,
+        )
+        hidden = ops.npu_swiglu(self.gate_up.multiply(rows, counts))
+        product = self.down.multiply(self.down.spread(hidden), counts)
+        y = self.down.join(ops.npu_moe_token_unpermute(product, places.abs(), weights.to(product.dtype)))
+        return y if self.shared_experts is None else y + self.shared_experts(x)

@@ -1,0 +1,122 @@
+"""What is to be run: the parts of a model, each with its headers, format and modules, described from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from framework.checkpoint.index import Index
+from framework.checkpoint.open import open_index
+from framework.errors import InputError, Problem
+from framework.families.base import DecoderSpec, ignorable, modules
+from framework.families.config import describe
+from framework.families.diffusion import DiffusionSpec, describe_transformer, diffusion_modules
+from framework.families.gguf import describe_gguf
+from framework.families.pipeline import INDEX as PIPELINE_INDEX
+from framework.families.pipeline import describe_pipeline
+from framework.formats.registry import LAYOUTS, detect
+from framework.geometry import Module
+from framework.planning.assign import Part
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model: the decoder of an LLM, or the transformers of a diffusion pipeline by the prefix of their names."""
+
+    parts: tuple[Part, ...]
+    decoder: DecoderSpec | None = None
+    transformers: Mapping[str, DiffusionSpec] | None = None
+
+    def ignorable(self, part: Part) -> Callable[[str], str | None]:
+        """Return what says why a tensor of a part may be left out."""
+
+        def reason(name: str) -> str | None:
+            said = part.layout.ignorable(name, part.index)
+            return said or (ignorable(name, self.decoder) if self.decoder else None)
+
+        return reason
+
+
+def open_indexes(path: Path, kind: str) -> dict[str, Index]:
+    """Open the headers of a model's parts, by the prefix of their modules' names.
+
+    Raises:
+        InputError: `model-kind`, an LLM where a pipeline is named or the reverse; all that the containers raise.
+    """
+    is_pipeline = (path / PIPELINE_INDEX).is_file()
+    if is_pipeline != (kind == "diffusion") and path.exists():
+        other = "diffusion" if is_pipeline else "llm"
+        raise InputError(
+            Problem(
+                "model-kind",
+                f"the recipe says kind {kind}, the model is {'a' if is_pipeline else 'no'} diffusers pipeline",
+                str(path),
+                f"it has {'a' if is_pipeline else 'no'} {PIPELINE_INDEX}",
+                f"model.kind={other}",
+            )
+        )
+    if not is_pipeline:
+        return {"": open_index(path)}
+    transformers = describe_pipeline(path).transformers
+    if not transformers:
+        raise InputError(
+            Problem(
+                "model-kind",
+                "the pipeline has no transformer",
+                str(path / PIPELINE_INDEX),
+                "its transformers are what is planned, sharded and quantized",
+                "use a pipeline with a component named transformer",
+            )
+        )
+    return {f"{component.name}.": open_index(component.folder) for component in transformers}
+
+
+def describe_model(indexes: Mapping[str, Index], asked_format: str) -> Described:
+    """Return the description of a model and its parts, from the headers of each.
+
+    Raises:
+        UserError: where nothing further can be checked (unknown format or architecture, unreadable config).
+    """
+    found = {prefix: detect(index, asked_format) for prefix, index in indexes.items()}
+    if "" in indexes:
+        spec = describe_checkpoint(indexes[""])
+        return Described((_part("", indexes[""], found[""], tuple(modules(spec))),), decoder=spec)
+    specs = {prefix: describe_transformer(_config(index)) for prefix, index in indexes.items()}
+    parts = [
+        _part(prefix, index, found[prefix], tuple(diffusion_modules(specs[prefix])))
+        for prefix, index in indexes.items()
+    ]
+    return Described(tuple(parts), transformers=specs)
+
+
+def _part(prefix: str, index: Index, found: tuple[str, str], made: tuple[Module, ...]) -> Part:
+    format_name, evidence = found
+    return Part(prefix, index, format_name, evidence, LAYOUTS[format_name], made)
+
+
+def describe_checkpoint(index: Index) -> DecoderSpec:
+    """Return the decoder that a checkpoint holds."""
+    if index.container == "gguf" and index.config is None:
+        return describe_gguf(index)
+    spec = describe(_config(index))
+    given = index.documents.get("generation_config.json")
+    if isinstance(given, Mapping):
+        eos = given.get("eos_token_id")
+        more = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, *more))))
+    return spec
+
+
+def _config(index: Index) -> Mapping[str, object]:
+    if index.config is None:
+        raise InputError(
+            Problem(
+                "config-missing",
+                "the checkpoint has no config.json",
+                str(index.root),
+                "the architecture and its shapes are in it",
+                "put the config.json that was published with the weights beside them",
+            )
+        )
+    return index.config

@@ -1,0 +1,45 @@
+"""What can be checked and planned, but not run yet: asked by the jobs that load weights."""
+
+from __future__ import annotations
+
+from framework.errors import Problem, Refused
+from framework.formats.registry import can_run
+from framework.geometry import Kind
+from framework.planning.check import Checked
+
+SCHEMES = frozenset({"float", "w4a16", "w8a16"})
+
+
+def require_runnable(checked: Checked) -> None:
+    """Refuse what has no running half.
+
+    Raises:
+        Refused: the check's problems; `not-yet`, all that is missing to run it.
+    """
+    if checked.problems:
+        raise Refused(checked.problems)
+    missing = []
+    formats = [part.format for part in checked.model.parts if not can_run(part.format)]
+    if formats:
+        missing.append(f"weights of format {', '.join(dict.fromkeys(formats))}")
+    schemes = {placed.assigned.scheme for placed in checked.placed} - SCHEMES
+    if schemes:
+        missing.append(f"scheme {', '.join(sorted(schemes))}")
+    if any(placed.assigned.mode == "online" for placed in checked.placed):
+        missing.append("online quantization")
+    if any(placed.assigned.module.kind is Kind.EXPERTS for placed in checked.placed):
+        missing.append("routed experts")
+    if checked.model.decoder is not None and checked.model.decoder.mla is not None:
+        missing.append("latent attention")
+    if checked.model.decoder is None:
+        missing.append("diffusion pipelines")
+    if missing:
+        raise Refused(
+            Problem(
+                "not-yet",
+                f"this recipe checks and plans, but cannot be run yet: {'; '.join(missing)}",
+                checked.recipe.name,
+                "this version runs dense decoders from float and GGUF checkpoints",
+                "job=check   or   job=plan",
+            )
+        )
