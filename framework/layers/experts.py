@@ -20,7 +20,7 @@ class Router(nn.Module):
     def __init__(self, gate: ParallelLinear, correction: Tensor | None, moe: Moe) -> None:
         super().__init__()
         self.gate = gate
-        self.correction = None if correction is None else correction.float()
+        self.correction = correction
         self.moe = moe
         self.plain = moe.scoring == "softmax" and moe.groups == 1 and correction is None
         find_submodules_directly(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from framework.planning.plan import Plan, PlannedModule
 from framework.quantization.registry import SCHEMES
 from framework.quantization.tensor import QuantTensor, concat, fusable
 
+CORRECTION = "quant_bias"  # of w8a8_static: the float bias and the shift of the activations are inside
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -49,12 +51,13 @@ class RankWeights:
     def linear(self, *names: str) -> ParallelLinear:
         """Return the layer of one module, or of several over one input: equal schemes fused to one matmul."""
         planned = [self.planned[name] for name in names]
-        bias = self._bias(planned)
         tied = self._tied(planned[0])
         if tied is not None:
+            bias = self._bias(planned)
             parts = [self._prepare("float", QuantTensor(tied))]
         else:
             decoded = [(p.scheme, self._decode(p)) for p in planned]
+            bias = self._bias(planned, [weight for _, weight in decoded])
             parts = [self._prepare(scheme, weight) for scheme, weight in _fused(decoded)]
         layer = ParallelLinear(
             parts,
@@ -92,12 +95,26 @@ class RankWeights:
         self.prepared_bytes += weight.nbytes
         return weight
 
-    def vector(self, name: str) -> Tensor:
-        """Return a norm weight [H], or the values of a parameter, in the model's dtype."""
+    def norm(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias [H] of a norm in the model's dtype."""
         planned = self.planned[name]
         weight = self._decode(planned).codes.flatten().to(self.dtype).to(self.device)
-        self.prepared_bytes += weight.nbytes
-        return weight
+        bias = self._bias([planned])
+        self.prepared_bytes += weight.nbytes + (0 if bias is None else bias.nbytes)
+        return weight, bias
+
+    def parameter(self, name: str) -> Tensor:
+        """Return the values of a parameter in fp32."""
+        planned = self.planned[name]
+        values = (
+            self.decoder.decode(
+                planned.module, planned.module.full, "float", self.index, self.reader, dtype=torch.float32
+            )
+            .codes.reshape(planned.module.dims)
+            .to(self.device)
+        )
+        self.prepared_bytes += values.nbytes
+        return values
 
     def embedding(self, name: str) -> tuple[Tensor, int]:
         """Return this rank's rows in the model's dtype, and the first row's index."""
@@ -118,6 +135,9 @@ class RankWeights:
         rect = planned.shards[self.group.rank]
         module = planned.module if expert is None else planned.module.expert(expert)
         weight = self.decoder.decode(module, rect, planned.scheme, self.index, self.reader, dtype=self.dtype)
+        if CORRECTION in weight.rows and planned.split is Split.ROW and self.group.rank:
+            # the correction of a row split is added once
+            weight = replace(weight, rows={**weight.rows, CORRECTION: torch.zeros_like(weight.rows[CORRECTION])})
         self._done += rect.size
         self.progress(self._done, self._total)
         return weight
@@ -137,13 +157,18 @@ class RankWeights:
             return self._embeddings[planned.module.tied_to]
         return None
 
-    def _bias(self, planned: list[PlannedModule]) -> Tensor | None:
-        if not any(p.module.bias for p in planned):
+    def _bias(self, planned: list[PlannedModule], weights: list[QuantTensor] | None = None) -> Tensor | None:
+        """Return the float bias of modules over one input; none of those whose scheme has it in its correction."""
+        inside = [CORRECTION in weight.rows for weight in weights or ()] or [False] * len(planned)
+        if not any(p.module.bias and not within for p, within in zip(planned, inside, strict=True)):
             return None
         parts = []
-        for p in planned:
+        for p, within in zip(planned, inside, strict=True):
             rect = p.shards[self.group.rank] if p.split is Split.COLUMN else p.module.full
-            parts.append(self.decoder.bias(p.module, rect, self.index, self.reader))
+            if p.module.bias and not within:
+                parts.append(self.decoder.bias(p.module, rect, self.index, self.reader))
+            else:
+                parts.append(torch.zeros(rect.shape[0]))
         return torch.cat(parts).to(self.dtype).to(self.device)
 
     def _width(self, planned: PlannedModule) -> int:

@@ -39,8 +39,12 @@ class Weights(Protocol):
         """Return this rank's part of a linear as a plain weight [N, K]."""
         ...
 
-    def vector(self, name: str) -> Tensor:
-        """Return a norm weight [H], or the values of a parameter."""
+    def norm(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return weight and, where the file has one, bias [H] of a norm."""
+        ...
+
+    def parameter(self, name: str) -> Tensor:
+        """Return the values of a parameter in fp32."""
         ...
 
     def embedding(self, name: str) -> tuple[Tensor, int]:
@@ -73,8 +77,7 @@ class DecoderLayer(nn.Module):
         name = f"model.layers.{i}"
 
         def norm(suffix: str) -> RMSNorm:
-            vector = weights.vector(f"{name}.{suffix}")
-            return RMSNorm(vector, spec.norm_eps, plus_one=spec.norm_plus_one)
+            return _norm(spec, f"{name}.{suffix}", weights)
 
         self.input_layernorm = norm("input_layernorm")
         attention = _latent_attention if spec.mla else _attention
@@ -102,7 +105,8 @@ class DecoderLayer(nn.Module):
 
 
 def _norm(spec: DecoderSpec, name: str, weights: Weights) -> RMSNorm:
-    return RMSNorm(weights.vector(name), spec.norm_eps, plus_one=spec.norm_plus_one)
+    weight, bias = weights.norm(name)
+    return RMSNorm(weight, spec.norm_eps, plus_one=spec.norm_plus_one, bias=bias)
 
 
 def _attention(spec: DecoderSpec, i: int, share: HeadShare, weights: Weights) -> Attention:
@@ -146,7 +150,7 @@ def _mlp(spec: DecoderSpec, mlp: str, weights: Weights) -> GatedMLP:
 
 def _experts(spec: DecoderSpec, i: int, weights: Weights) -> Experts:
     mlp, moe = f"model.layers.{i}.mlp", spec.moe
-    correction = weights.vector(f"{mlp}.gate.e_score_correction_bias") if moe.correction_bias else None
+    correction = weights.parameter(f"{mlp}.gate.e_score_correction_bias") if moe.correction_bias else None
     return Experts(
         Router(weights.linear(f"{mlp}.gate"), correction, moe),
         weights.experts(f"{mlp}.experts.*.gate_proj", f"{mlp}.experts.*.up_proj"),
@@ -165,7 +169,7 @@ class Decoder(nn.Module):
         embedding, first = weights.embedding("model.embed_tokens")
         self.embed_tokens = VocabEmbedding(embedding, first, group, spec.embedding_scale)
         self.layers = nn.ModuleList(DecoderLayer(spec, i, share, weights) for i in range(spec.layers))
-        self.norm = RMSNorm(weights.vector("model.norm"), spec.norm_eps, plus_one=spec.norm_plus_one)
+        self.norm = _norm(spec, "model.norm", weights)
         self.lm_head = weights.linear("lm_head")
         dim, device = spec.rotary_dim, weights.device
         # npu_rotary_mul wants tables of the input's dtype on an NPU; the CPU's takes exact ones

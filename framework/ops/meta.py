@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from framework.ops import meta_quant
+
 
 def _norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     lead = input.dim() - gamma.dim()
@@ -146,4 +148,5 @@ KERNELS = {
     "npu::npu_fused_infer_attention_score": _fused_infer_attention_score,
     "atb::_npu_reshape_and_cache": _reshape_and_cache,
     "atb::_npu_paged_attention": _paged_attention,
+    **meta_quant.KERNELS,
 }

@@ -79,7 +79,7 @@ def cache_dtype(device: str, dtype: str) -> str:
 
 def _planned(placed: Placed, limits: Limits) -> PlannedModule:
     entry, fit = placed.assigned, placed.fit
-    module = entry.module
+    module = replace(entry.module, bias=any(spec.role == "bias" for spec in entry.held.tensors))
     return PlannedModule(
         name=entry.name,
         module=module,

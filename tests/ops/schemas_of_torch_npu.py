@@ -36,6 +36,40 @@ SCHEMAS = {
         "Tensor? bias=None, int antiquant_group_size=0, int inner_precise=0, "
         "int? weight_dtype=None) -> Tensor"
     ),
+    "npu::npu_quantize": (
+        "npu::npu_quantize(Tensor input, Tensor scales, Tensor? zero_points, int dtype, int axis=1, bool "
+        "div_mode=True) -> Tensor"
+    ),
+    "npu::npu_dynamic_quant": (
+        "npu::npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? "
+        'dst_type=None, str quant_mode="pertoken", float dst_type_max=0.) -> (Tensor, Tensor)'
+    ),
+    "npu::npu_trans_quant_param": (
+        "npu::npu_trans_quant_param(Tensor scale, Tensor? offset=None, int? round_mode=0) -> Tensor"
+    ),
+    "npu::npu_quant_matmul": (
+        "npu::npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? "
+        "pertoken_scale=None, Tensor? bias=None, int? output_dtype=None, int? x1_dtype=None, int? x2_dtype=None, "
+        "int? pertoken_scale_dtype=None, int? scale_dtype=None, int[]? group_sizes=None, Tensor? y_scale=None) -> "
+        "Tensor"
+    ),
+    "npu::npu_dynamic_mx_quant": (
+        'npu::npu_dynamic_mx_quant(Tensor input, *, int axis=-1, str round_mode="rint", int dst_type=296, int '
+        "block_size=32, int? scale_alg=0, float dst_type_max=0., float max_low_bound=0.) -> (Tensor, Tensor)"
+    ),
+    "npu::npu_anti_mx_quant": (
+        "npu::npu_anti_mx_quant(Tensor x, Tensor mxscale, *, int? axis=-1, int? dst_type=15, int? src_type=292) -> "
+        "Tensor"
+    ),
+    "npu::npu_dynamic_dual_level_mx_quant": (
+        'npu::npu_dynamic_dual_level_mx_quant(Tensor input, *, Tensor? smooth_scale=None, str round_mode="rint") ->'
+        " (Tensor, Tensor, Tensor)"
+    ),
+    "npu::npu_dual_level_quant_matmul": (
+        "npu::npu_dual_level_quant_matmul(Tensor x1, Tensor x2, Tensor x1_level0_scale, Tensor x2_level0_scale, "
+        "Tensor x1_level1_scale, Tensor x2_level1_scale, *, Tensor? bias=None, int output_dtype=15) -> Tensor"
+    ),
+    "npu::npu_dtype_cast": ("npu::npu_dtype_cast(Tensor input, int dtype, int? input_dtype=None) -> Tensor"),
     "npu::npu_fused_infer_attention_score": (
         "npu::npu_fused_infer_attention_score(Tensor query, Tensor key, Tensor value, *, "
         "Tensor? pse_shift=None, Tensor? atten_mask=None, SymInt[]? actual_seq_lengths=None, "

@@ -56,9 +56,7 @@ def paged_attention(
         result.copy_(_bmm(_softmax(scores, -1), values))
 
 
-def sequence_rows(
-    caches: tuple[Tensor, ...], pages: list[int], length: int, start: int = 0
-) -> tuple[Tensor, ...]:
+def sequence_rows(caches: tuple[Tensor, ...], pages: list[int], length: int, start: int = 0) -> tuple[Tensor, ...]:
     """Return rows start..length of one sequence as fp32 [KV, length - start, D], from each cache.
 
     Views of fp32 caches [blocks, block_size, KV, D] where the pages follow one another; else copies.

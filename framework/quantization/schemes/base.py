@@ -1,28 +1,35 @@
-"""What a scheme is: a weight prepared once, then applied to activations."""
+"""What a scheme is: a weight prepared once, then applied to activations; alone, or one of many experts'."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from framework import ops
 from framework.quantization.tensor import QuantTensor
+
+DTYPE_NUMBERS = {torch.float32: ops.FLOAT32, torch.float16: ops.FLOAT16, torch.bfloat16: ops.BFLOAT16}
 
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """A weight as its scheme's operator takes it.
+    """A weight as its scheme's operator takes it, or those of all experts with a first dimension E.
 
-    `weight` and, where the operator wants them, `scale` and `offset`. `nbytes` counts the bytes really held.
+    `weight` and, where the operator wants them, `scale`, `offset` and `bias` (a correction in its own units).
+    `inputs`: what the activations pass first (`order`, `mul_scale`, `scale`, `offset`), each [K].
+    `nbytes` counts the bytes really held.
     """
 
     weight: Tensor
     scale: Tensor | None = None
     offset: Tensor | None = None
+    bias: Tensor | None = None
     group_size: int = 0
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     nbytes: int = 0
 
 
@@ -32,13 +39,54 @@ class Prepare(Protocol):
     def __call__(self, weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) -> Operands: ...
 
 
+class PrepareExperts(Protocol):
+    """Turn the weights [N, K] of all experts into operands of a grouped operator."""
+
+    def __call__(self, weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A name and two functions.
+    """A name and its functions.
 
     `linear`: x [T, K], operands -> [T, N] in x's dtype; no bias, no reduction over ranks.
+    `grouped`: x [T, K] sorted by expert, counts int64 [E], operands -> [T, N]. None where no table has experts of it.
     """
 
     name: str
     prepare: Prepare
     linear: Callable[[Tensor, Operands], Tensor]
+    prepare_experts: PrepareExperts | None = None
+    grouped: Callable[[Tensor, Tensor, Operands], Tensor] | None = None
+
+
+def held_bytes(*tensors: Tensor | None) -> int:
+    """Bytes of tensors that are there."""
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def inputs_of(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Return what activations pass before any scheme: the order of GPTQ, the smoothing of ModelSlim."""
+    found = {} if weight.order is None else {"order": weight.order.to(device)}
+    if "mul_scale" in weight.columns:
+        found["mul_scale"] = weight.columns["mul_scale"].to(device=device, dtype=dtype)
+    return found
+
+
+def entering(x: Tensor, weight: Operands) -> Tensor:
+    """Pass activations [T, K] through what `inputs_of` found."""
+    if not weight.inputs:
+        return x
+    if (order := weight.inputs.get("order")) is not None:
+        x = x.index_select(-1, order)
+    if (factor := weight.inputs.get("mul_scale")) is not None:
+        x = x * factor
+    return x
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, **operands: object) -> Tensor:
+    """Call npu_grouped_matmul for rows sorted by expert: one input, one weight [E, ...], one output."""
+    given = {name: [value] if isinstance(value, Tensor) else value for name, value in operands.items()}
+    return ops.npu_grouped_matmul(  # type: ignore[no-any-return]
+        [x], [weight], group_list=counts, split_item=2, group_type=0, group_list_type=1, **given
+    )[0]

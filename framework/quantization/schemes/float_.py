@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from framework import ops
 from framework.ops.linear import linear as float_linear
-from framework.quantization.schemes.base import Operands
+from framework.quantization.schemes.base import Operands, grouped_matmul
 from framework.quantization.tensor import QuantTensor
 
 
@@ -22,3 +24,18 @@ def prepare(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) ->
 def linear(x: Tensor, operands: Operands) -> Tensor:
     """[T, K] -> [T, N]."""
     return float_linear(x, operands.weight)
+
+
+def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
+    """Weight [E, K, N], the transposed view of [E, N, K]."""
+    first = weights[0]
+    stacked = torch.empty((len(weights), *first.shape), dtype=dtype, device=device)
+    for e, weight in enumerate(weights):
+        stacked[e].copy_(weight.codes if weight.is_float else weight.dequantize())
+    operand = ops.npu_format_cast(stacked, ops.ACL_FORMAT_FRACTAL_NZ)
+    return Operands(operand.transpose(1, 2), nbytes=operand.nbytes)
+
+
+def grouped(x: Tensor, counts: Tensor, operands: Operands) -> Tensor:
+    """[T, K] sorted by expert -> [T, N]."""
+    return grouped_matmul(x, operands.weight, counts)

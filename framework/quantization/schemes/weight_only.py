@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from framework import ops
 from framework.ops.layout import held_bytes, weight_operand
-from framework.quantization.schemes.base import Operands
+from framework.quantization.schemes.base import Operands, entering, grouped_matmul, inputs_of
+from framework.quantization.schemes.w4a4 import int4_weight
 from framework.quantization.tensor import QuantTensor
 
 
@@ -52,18 +56,46 @@ def operands(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> O
         offset=offset,
         dtype=dtype,
         device=device,
-        values=weight.dequantize,
+        values=replace(weight, order=None).dequantize,  # columns as the codes have them
     )
     scale = scale.to(device=device, dtype=dtype)
     offset = None if offset is None else offset.to(device=device, dtype=dtype)
     nbytes = held_bytes(operand) + sum(t.nbytes for t in (scale, offset) if t is not None)
     # One group is the operator's per-channel form, which it names 0.
     group_size = 0 if scale.shape[0] == 1 else weight.group_size
-    return Operands(operand, scale, offset, group_size, nbytes)
+    inputs = inputs_of(weight, dtype, device)
+    return Operands(operand, scale, offset, group_size=group_size, inputs=inputs, nbytes=nbytes)
 
 
 def linear(x: Tensor, weight: Operands) -> Tensor:
     """[T, K] -> [T, N]."""
     return ops.npu_weight_quant_batchmatmul(  # type: ignore[no-any-return]
-        x, weight.weight, weight.scale, weight.offset, antiquant_group_size=weight.group_size
+        entering(x, weight), weight.weight, weight.scale, weight.offset, antiquant_group_size=weight.group_size
     )
+
+
+def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
+    """Prepare codes of all experts: int32 [E, K, N/8] or int8 [E, K, N], scale and offset [E, G, N] (one: [E, N])."""
+    forms = [signed(weight) for weight in weights]
+    if any(weight.order is not None for weight in weights):
+        raise ValueError("the grouped operator takes experts in the order of their input")
+    bits = weights[0].bits
+    if bits == 4:
+        operand = torch.stack([int4_weight(codes, device) for codes, _, _ in forms])
+    else:
+        operand = torch.stack([codes.t() for codes, _, _ in forms]).contiguous().to(device)
+    scale = torch.stack([scale for _, scale, _ in forms]).to(device=device, dtype=dtype)
+    offset = None
+    if any(offset is not None for _, _, offset in forms):
+        zeros = [torch.zeros_like(scale) if offset is None else offset for _, scale, offset in forms]
+        offset = torch.stack(zeros).to(device=device, dtype=dtype)
+    if scale.shape[1] == 1:
+        scale, offset = scale.squeeze(1), None if offset is None else offset.squeeze(1)
+    nbytes = sum(t.nbytes for t in (operand, scale, offset) if t is not None)
+    return Operands(operand, scale, offset, nbytes=nbytes)
+
+
+def grouped(x: Tensor, counts: Tensor, weight: Operands) -> Tensor:
+    """[T, K] sorted by expert -> [T, N]."""
+    offset = {} if weight.offset is None else {"antiquant_offset": weight.offset}
+    return grouped_matmul(x, weight.weight, counts, antiquant_scale=weight.scale, **offset)

@@ -1,0 +1,53 @@
+"""Weight operands of the matmuls with quantized activations, in the layout that their device multiplies fastest.
+
+What the CPU's own forms cost in memory, per weight: int8 8 bits, as stored. int4 8 bits instead of 4, as codes:
+unpacking at every call costs fifty times the product of one row. MX 16 bits instead of 8.25 (fp8) or 4.25 (fp4), as
+bf16 values, which hold them exactly. `held_bytes` in framework.ops.layout counts them. The operands as documented
+work on the CPU, too, and cost no more memory than their checkpoint.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from framework import ops
+from framework.ops.cpu import mx, packed
+
+# Weights dequantized at a time: 16 MB of fp32.
+_CHUNK_WEIGHTS = 1 << 22
+
+
+def int8_operand(codes: Tensor, device: torch.device) -> Tensor:
+    """Return [K, N] for int8 codes [N, K]."""
+    if device.type == "cpu":
+        return codes.contiguous().t()
+    return ops.npu_format_cast(codes.t().contiguous().to(device), ops.ACL_FORMAT_FRACTAL_NZ)
+
+
+def int4_operand(codes: Tensor, device: torch.device) -> Tensor:
+    """Return int32 [K, N/8] for int8 codes -8..7 [N, K]; on the CPU a stand-in that only its operators read."""
+    if device.type == "cpu":
+        n, k = codes.shape
+        form = packed.CpuWeight("codes", codes.contiguous())
+        return packed.carry(_stand_in((k, n // 8), torch.int32), form)
+    return ops.npu_convert_weight_to_int4pack(codes.t().contiguous().to(device).int())
+
+
+def mx_operand(codes: Tensor, scale_bytes: Tensor, element: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the weight [K, N] (fp4 [K/2, N]) for `mx.quantize`'s codes [N, K] or [N, K/2].
+
+    For bf16 activations on the CPU it is a stand-in that only `npu_quant_matmul` reads; it goes with the scale
+    `scale_bytes.transpose(0, 1)`, as any other.
+    """
+    if device.type != "cpu" or dtype is not torch.bfloat16:
+        return codes.to(device).t()
+    step = max(_CHUNK_WEIGHTS * codes.element_size() // codes.shape[1], 1)
+    parts = zip(codes.split(step), scale_bytes.split(step), strict=True)
+    values = torch.cat([mx.dequantize(*part, element).bfloat16() for part in parts])
+    return packed.carry(_stand_in(codes.t().shape, codes.dtype), packed.CpuWeight("dense", values))
+
+
+def _stand_in(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor of that shape behind which there is one element."""
+    return torch.zeros(1).to(dtype).expand(shape)

@@ -1,0 +1,128 @@
+"""4-bit weights, 8-bit activations: scales a row or a group, one a token.
+
+The operators take groups of 256, or one scale a row. Other groups run as one int8 product a group, whose results are
+added in fp32: the same sum, in the same precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from framework import ops
+from framework.quantization.schemes.base import DTYPE_NUMBERS, Operands, entering, grouped_matmul, held_bytes, inputs_of
+from framework.quantization.schemes.w4a4 import as_int64, int4_weight
+from framework.quantization.schemes.w8a8 import int8_weight
+from framework.quantization.tensor import QuantTensor
+
+OP_GROUP = 256
+# The grouped kernel splits x into 16 * high + low with low in -8..7, and adds 8 * sum_k w for the shift.
+_SHIFT = 8.0
+
+
+def prepare(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) -> Operands:
+    """Weight int32 [K, N/8] and scale int64 [K/256, N]; or, for other groups, int8 [K, N] and fp32 [G, N]."""
+    codes, scale, group = _symmetric(weight)
+    n, k = codes.shape
+    if (group == k or group % OP_GROUP == 0) and k % OP_GROUP == 0 and n % 8 == 0:
+        operand = int4_weight(codes, device)
+        repeats = (k if group == k else group) // OP_GROUP
+        scale = as_int64(scale.repeat_interleave(repeats, dim=1).t().contiguous()).to(device)
+        inputs = inputs_of(weight, dtype, device)
+        return Operands(operand, scale, group_size=OP_GROUP, inputs=inputs, nbytes=held_bytes(operand, scale))
+    operand, scale = int8_weight(codes, device), scale.t().contiguous().to(device)
+    inputs = inputs_of(weight, dtype, device)
+    return Operands(operand, scale, inputs=inputs, nbytes=held_bytes(operand, scale))
+
+
+def _symmetric(weight: QuantTensor) -> tuple[Tensor, Tensor, int]:
+    """Return int8 codes [N, K], fp32 scale [N, G], the group."""
+    if weight.scale is None:
+        raise ValueError("w4a8_dynamic takes int4 codes")
+    if weight.zero is not None and bool(weight.zero.any()):
+        raise ValueError("w4a8_dynamic takes symmetric codes")
+    return weight.codes, weight.scale.float(), weight.group_size
+
+
+def linear(x: Tensor, weight: Operands) -> Tensor:
+    """[T, K] -> [T, N]."""
+    x = entering(x, weight)
+    codes, scale = ops.npu_dynamic_quant(x)
+    per_token, dtype = scale.flatten(), DTYPE_NUMBERS[x.dtype]
+    if weight.group_size:
+        return ops.npu_quant_matmul(  # type: ignore[no-any-return]
+            codes,
+            weight.weight,
+            weight.scale,
+            pertoken_scale=per_token.unsqueeze(1),
+            output_dtype=dtype,
+            group_sizes=[0, 0, OP_GROUP],
+        )
+    assert weight.scale is not None
+    groups = weight.scale.shape[0]
+    size = codes.shape[-1] // groups
+    if groups == 1:
+        return ops.npu_quant_matmul(  # type: ignore[no-any-return]
+            codes, weight.weight, weight.scale[0], pertoken_scale=per_token, output_dtype=dtype
+        )
+    y = torch.zeros((), device=x.device)
+    for g in range(groups):
+        part = codes[:, g * size : (g + 1) * size].contiguous()
+        product = ops.npu_quant_matmul(
+            part, weight.weight[g * size : (g + 1) * size], weight.scale[g], output_dtype=ops.INT32
+        )
+        y = y + product.float() * weight.scale[g]
+    return (y * per_token.unsqueeze(1)).to(x.dtype)
+
+
+def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
+    """Weight int32 [E, K, N/8], scale int64 [E, 1 or K/256, N], correction fp32 [E, N]; other groups as int8 pieces.
+
+    The correction is summed from the codes, not taken from the file, whose tensor is rounded and one rank's too many.
+    """
+    forms = [_symmetric(weight) for weight in weights]
+    (n, k), group = forms[0][0].shape, forms[0][2]
+    scale = torch.stack([scale.t() for _, scale, _ in forms])
+    if (group == k or (group % OP_GROUP == 0 and k % OP_GROUP == 0)) and n % 8 == 0:
+        repeats = 1 if group == k else group // OP_GROUP
+        operand = torch.stack([int4_weight(codes, device) for codes, _, _ in forms])
+        operand = ops.npu_format_cast(operand, ops.ACL_FORMAT_FRACTAL_NZ)
+        bias = torch.stack([_SHIFT * weight.dequantize().double().sum(1).float() for weight in weights]).to(device)
+        scale = as_int64(scale.repeat_interleave(repeats, dim=1).contiguous()).to(device)
+        return Operands(operand, scale, bias=bias, group_size=group, nbytes=held_bytes(operand, scale, bias))
+    operand = int8_weight(torch.stack([codes for codes, _, _ in forms]), device)
+    scale = scale.contiguous().to(device)
+    return Operands(operand, scale, nbytes=held_bytes(operand, scale))
+
+
+def grouped(x: Tensor, counts: Tensor, weight: Operands) -> Tensor:
+    """[T, K] sorted by expert -> [T, N]."""
+    codes, scale = ops.npu_dynamic_quant(x)
+    per_token, dtype = scale.flatten(), DTYPE_NUMBERS[x.dtype]
+    if weight.group_size:
+        return grouped_matmul(
+            codes,
+            weight.weight,
+            counts,
+            scale=weight.scale,
+            bias=weight.bias,
+            per_token_scale=per_token,
+            output_dtype=dtype,
+        )
+    assert weight.scale is not None
+    groups = weight.scale.shape[1]
+    size = codes.shape[-1] // groups
+    y = torch.zeros((), device=x.device)
+    for g in range(groups):
+        part, columns = codes[:, g * size : (g + 1) * size].contiguous(), weight.weight[:, g * size : (g + 1) * size]
+        y = y + grouped_matmul(
+            part,
+            columns,
+            counts,
+            scale=weight.scale[:, g].contiguous(),
+            per_token_scale=per_token,
+            output_dtype=ops.FLOAT32,
+        )
+    return y.to(x.dtype)
