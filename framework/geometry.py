@@ -5,7 +5,7 @@ Weights are `[N, K]`: N output features (rows), K input features (columns).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -109,8 +109,9 @@ class Module:
 
     def expert(self, number: int) -> Module:
         """Return one expert's linear."""
-        before, after = self.name.split(".*.")
-        return replace(self, name=f"{before}.{number}.{after}", kind=Kind.LINEAR, experts=0)
+        name = self.name.replace("*", str(number), 1)
+        # a plain call: dataclasses.replace takes ten times as long, and there can be 45,000
+        return Module(name, Kind.LINEAR, self.shape, self.split, self.axis, self.unit, self.bias, role=self.role)
 
     @property
     def full(self) -> Rect:

@@ -11,13 +11,20 @@ from framework.formats.base import Layout
 from framework.formats.compressed_tensors.layout import CompressedTensorsLayout
 from framework.formats.declared import DESCRIPTION, Declaration, declarations
 from framework.formats.gguf.layout import GgufLayout
+from framework.formats.modelslim.layout import ModelslimLayout
 from framework.formats.plain.layout import PlainLayout
 
 if TYPE_CHECKING:
     from framework.formats.base import Decoder
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (CompressedTensorsLayout(), GgufLayout(), PlainLayout())}
-_DECODERS = {"gguf": "framework.formats.gguf.decode", "none": "framework.formats.plain.decode"}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (ModelslimLayout(), CompressedTensorsLayout(), GgufLayout(), PlainLayout())
+}
+_DECODERS = {
+    "modelslim": "framework.formats.modelslim.decode",
+    "gguf": "framework.formats.gguf.decode",
+    "none": "framework.formats.plain.decode",
+}
 
 
 def decoder(name: str) -> Decoder:

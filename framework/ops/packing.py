@@ -46,12 +46,8 @@ def carrier(number: int) -> torch.dtype:
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Return int32 [.., N/8] of int32 codes [.., N]; codes beyond four bits are masked, not saturated."""
-    nibbles = (codes & 15).unflatten(-1, (-1, 8))
-    packed = nibbles[..., 0].clone()
-    for position in range(1, 8):
-        packed |= nibbles[..., position] << (4 * position)
-    return packed
+    """Return int32 [.., N/8] of int8 or int32 codes [.., N]; codes beyond four bits are masked, not saturated."""
+    return _pack((codes & 15).to(torch.uint8)).view(torch.int32)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -63,13 +59,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 def pack_fp4(codes: Tensor) -> Tensor:
     """Return uint8 [.., N/2] of uint8 codes 0..15 [.., N]."""
-    pairs = codes.unflatten(-1, (-1, 2))
-    return pairs[..., 0] | pairs[..., 1] << 4
-
-
-def unpack_fp4(packed: Tensor) -> Tensor:
-    """Return the uint8 codes 0..15 [.., N] of bytes [.., N/2]."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return _pack(codes)
 
 
 def fp4_values(packed: Tensor) -> Tensor:
@@ -92,3 +82,8 @@ def e8m0_values(octets: Tensor) -> Tensor:
 def e8m0_bytes(powers: Tensor) -> Tensor:
     """Return the bytes of fp32 powers of two 2^-127..2^127 and NaN: the exponent field, nothing is rounded."""
     return (powers.view(torch.int32) >> 23).to(torch.uint8)
+
+
+def _pack(nibbles: Tensor) -> Tensor:
+    """Two to a byte, the first low."""
+    return nibbles[..., ::2] | nibbles[..., 1::2] << 4

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from framework.capability.storage import STORAGE
 from framework.errors import Problem, Refused
 from framework.formats.registry import can_run
-from framework.geometry import Kind
 from framework.planning.check import Checked
 
-SCHEMES = frozenset({"float", "w4a16", "w8a16"})
+SCHEMES = frozenset(STORAGE)
 
 
 def require_runnable(checked: Checked) -> None:
@@ -27,10 +27,6 @@ def require_runnable(checked: Checked) -> None:
         missing.append(f"scheme {', '.join(sorted(schemes))}")
     if any(placed.assigned.mode == "online" for placed in checked.placed):
         missing.append("online quantization")
-    if any(placed.assigned.module.kind is Kind.EXPERTS for placed in checked.placed):
-        missing.append("routed experts")
-    if checked.model.decoder is not None and checked.model.decoder.mla is not None:
-        missing.append("latent attention")
     if checked.model.decoder is None:
         missing.append("diffusion pipelines")
     if missing:

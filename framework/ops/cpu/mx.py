@@ -280,7 +280,7 @@ def _quantize(x: Tensor, element: Element, round_mode: str) -> tuple[Tensor, Ten
         codes = fp4_codes(scaled, round_mode)
     else:
         codes = scaled.clamp(-element.largest, element.largest).to(element.dtype)
-    return codes, scale.to(torch.uint8).unflatten(-1, (-1, 2))
+    return codes, scale.to(torch.uint8).view(*scale.shape[:-1], -1, 2)
 
 
 def _scaled(values: Tensor, scale_bytes: Tensor) -> Tensor:
@@ -288,14 +288,15 @@ def _scaled(values: Tensor, scale_bytes: Tensor) -> Tensor:
     k = values.shape[-1]
     if k % BLOCK:
         return values * _over_columns(scale, BLOCK, k)
-    blocks = values.unflatten(-1, (-1, BLOCK))
-    return (blocks * scale[..., : k // BLOCK, None]).flatten(-2)
+    blocks = values.reshape(*values.shape[:-1], -1, BLOCK)
+    return torch.mul(blocks, scale[..., : k // BLOCK, None]).flatten(-2)
 
 
 def _blocks(x: Tensor, size: int, multiple: int) -> Tensor:
     """[.., K] padded with zeros to a multiple -> [.., blocks, size]."""
     short = -x.shape[-1] % multiple
-    return (functional.pad(x, (0, short)) if short else x).unflatten(-1, (-1, size))
+    padded = functional.pad(x, (0, short)) if short else x
+    return padded.reshape(*x.shape[:-1], -1, size)
 
 
 def _over_columns(parameter: Tensor, size: int, k: int) -> Tensor:

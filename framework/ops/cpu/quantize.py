@@ -118,7 +118,7 @@ def nine_bits(values: Tensor) -> Tensor:
 def _integers(y: Tensor, target: int, lowest: float, highest: float) -> Tensor:
     """Round and saturate fp32 values in place, into the carrier of `target`."""
     y.round_().clamp_(lowest, highest)
-    return packing.pack_int4(y.int()) if target == INT4 else y.to(packing.carrier(target))
+    return packing.pack_int4(y.to(torch.int8)) if target == INT4 else y.to(packing.carrier(target))
 
 
 def _along(parameter: Tensor, trailing: int) -> Tensor:
