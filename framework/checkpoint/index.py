@@ -31,6 +31,7 @@ class Index:
     `metadata` is the GGUF key-value table (empty for safetensors); `config` the parsed config.json (for a
     GGUF: None, families/gguf.py derives one from the metadata).
     `documents` holds the parsed JSON files beside the weights that say how they are quantized, by file name.
+    `options` are what a recipe says of the file that the file does not say itself.
     `root` is the folder (or the first GGUF file).
     """
 
@@ -42,6 +43,7 @@ class Index:
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     documents: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:

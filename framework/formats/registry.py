@@ -7,21 +7,34 @@ from typing import TYPE_CHECKING, cast
 
 from framework.checkpoint.index import Index
 from framework.errors import InputError, Problem, Refused
+from framework.formats.auto_round.layout import AutoRoundLayout
+from framework.formats.awq.layout import AwqLayout
 from framework.formats.base import Layout
 from framework.formats.compressed_tensors.layout import CompressedTensorsLayout
 from framework.formats.declared import DESCRIPTION, Declaration, declarations
 from framework.formats.gguf.layout import GgufLayout
+from framework.formats.gptq.layout import GptqLayout
 from framework.formats.modelslim.layout import ModelslimLayout
 from framework.formats.plain.layout import PlainLayout
 
 if TYPE_CHECKING:
     from framework.formats.base import Decoder
 
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (ModelslimLayout(), CompressedTensorsLayout(), GgufLayout(), PlainLayout())
-}
+_LAYOUTS: tuple[Layout, ...] = (
+    ModelslimLayout(),
+    AwqLayout(),
+    GptqLayout(),
+    AutoRoundLayout(),
+    CompressedTensorsLayout(),
+    GgufLayout(),
+    PlainLayout(),
+)
+LAYOUTS = {layout.name: layout for layout in _LAYOUTS}
 _DECODERS = {
     "modelslim": "framework.formats.modelslim.decode",
+    "awq": "framework.formats.awq.decode",
+    "gptq": "framework.formats.gptq.decode",
+    "auto_round": "framework.formats.auto_round.decode",
     "gguf": "framework.formats.gguf.decode",
     "none": "framework.formats.plain.decode",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def load(plan: Plan, group: Group, progress: Progress) -> LoadedModel:
     if device.type == "npu":
         require_tier(plan.tier, torch.npu.get_soc_version(), torch.npu.get_device_name())
     share = plan.ranks[group.rank].heads
-    index = open_index(Path(plan.checkpoint))
+    index = replace(open_index(Path(plan.checkpoint)), options=plan.options)
     with Reader() as reader, torch.inference_mode():
         weights = RankWeights(plan, index, reader, decoder(plan.format), group, device, progress)
         model = Decoder(plan.spec, share, weights, group, plan.runtime.context).eval()

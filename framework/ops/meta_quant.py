@@ -35,8 +35,8 @@ def _dynamic_quant(
 
 
 def _trans_quant_param(scale: Tensor, offset: Tensor | None = None, round_mode: int | None = 0) -> Tensor:
-    shape = scale.shape if offset is None else torch.broadcast_shapes(scale.shape, offset.shape)
-    return scale.new_empty(shape, dtype=torch.int64)
+    longest = scale if offset is None or offset.numel() <= scale.numel() else offset
+    return longest.new_empty(longest.shape, dtype=torch.int64)
 
 
 def _quant_matmul(

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from framework.ops import dtypes
 
+ROUND_MODES = ("rint", "round", "floor")
 FP4_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _FP4_VALUES = torch.tensor([sign * value for sign in (1.0, -1.0) for value in FP4_MAGNITUDES])
 _OCTETS = torch.arange(256)
 # Both values of a byte, moved as one element.
 _FP4_PAIRS = torch.stack((_FP4_VALUES[_OCTETS & 15], _FP4_VALUES[_OCTETS >> 4]), dim=-1).view(torch.complex64).view(-1)
+_INT4_PAIRS = torch.stack((_OCTETS, _OCTETS >> 4), dim=-1).bitwise_and(15).bitwise_xor(8).sub(8).to(torch.int8)
+_INT4_PAIRS = _INT4_PAIRS.view(torch.int16).view(-1)
 _FP8_VALUES = {dtype: _OCTETS.to(torch.uint8).view(dtype).float() for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)}
 
 _CARRIERS = {
@@ -33,6 +36,34 @@ _CARRIERS = {
 }
 
 
+# Where rounding to fp4 changes, in quarters: all starts of the magnitudes 1..7 are whole.
+_QUARTERS = 24
+_TIES = (1, 3, 5, 7, 10, 14, 20)
+_VALUES = tuple(int(4 * value) for value in FP4_MAGNITUDES)
+
+
+def _fp4_table(round_mode: str) -> Tensor:
+    """Code by floor(q) + ceil(q) + 48 for a value of q quarters: twice q if it is whole, else odd between."""
+    places = torch.arange(-2 * _QUARTERS, 2 * _QUARTERS + 1)
+    negative = places < 0
+    twice = 2 * torch.tensor(_TIES)
+    match round_mode:
+        case "rint":
+            # A tie goes to the even code: up to the even magnitudes, down from the odd ones.
+            starts = twice + torch.arange(7).remainder(2).eq(0)
+            codes = torch.bucketize(places.abs(), starts, right=True)
+        case "round":
+            codes = torch.bucketize(places.abs(), twice, right=True)
+        case "floor":
+            grid = 2 * torch.tensor(_VALUES)
+            towards_zero = torch.bucketize(places.abs(), grid[1:], right=True)
+            codes = torch.where(negative, torch.bucketize(places.abs(), grid[:-1]), towards_zero)
+    return (codes | negative.int() << 3).to(torch.uint8)
+
+
+_FP4_TABLES = {mode: _fp4_table(mode) for mode in ROUND_MODES}
+
+
 def carrier(number: int) -> torch.dtype:
     """Return the torch dtype that holds values of a dtype number, torch_npu's or torch's own.
 
@@ -47,14 +78,21 @@ def carrier(number: int) -> torch.dtype:
 
 def pack_int4(codes: Tensor) -> Tensor:
     """Return int32 [.., N/8] of int8 or int32 codes [.., N]; codes beyond four bits are masked, not saturated."""
-    return _pack((codes & 15).to(torch.uint8)).view(torch.int32)
+    return _pack(codes.to(torch.int8)).view(torch.int32)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """Return the int8 codes -8..7 [.., N] of int32 carriers [.., N/8]."""
-    octets = packed.contiguous().view(torch.uint8)
-    codes = torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
-    return codes.bitwise_xor_(8).view(torch.int8).sub_(8)
+    pairs = _INT4_PAIRS.index_select(0, packed.contiguous().view(torch.uint8).flatten().int())
+    return pairs.view(torch.int8).view(*packed.shape[:-1], 8 * packed.shape[-1])
+
+
+def fp4_codes(x: Tensor, round_mode: str = "rint") -> Tensor:
+    """Return uint8 e2m1 codes 0..15 of fp32 x, saturated; a negative value that rounds to zero is 8 (-0)."""
+    quarters = (x * 4).clamp_(-_QUARTERS, _QUARTERS).nan_to_num_()
+    places = (quarters.floor() + quarters.ceil()).add_(2 * _QUARTERS).int()
+    codes = _FP4_TABLES[round_mode].index_select(0, places.flatten()).view(x.shape)
+    return codes.bitwise_or_(quarters.signbit().view(torch.uint8) << 3)
 
 
 def pack_fp4(codes: Tensor) -> Tensor:
@@ -84,6 +122,7 @@ def e8m0_bytes(powers: Tensor) -> Tensor:
     return (powers.view(torch.int32) >> 23).to(torch.uint8)
 
 
-def _pack(nibbles: Tensor) -> Tensor:
-    """Two to a byte, the first low."""
-    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
+def _pack(codes: Tensor) -> Tensor:
+    """The low four bits of one-byte codes, two to a byte, the first low."""
+    pairs = codes.contiguous().view(torch.int16)
+    return (pairs & 15 | pairs >> 4 & 240).to(torch.uint8)

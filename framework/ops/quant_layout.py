@@ -14,15 +14,16 @@ from torch import Tensor
 from framework import ops
 from framework.ops.cpu import mx, packed
 
-# Weights dequantized at a time: 16 MB of fp32.
-_CHUNK_WEIGHTS = 1 << 22
+# Bytes of codes dequantized at a time: 16 to 32 MB of fp32.
+_CHUNK_BYTES = 1 << 22
 
 
 def int8_operand(codes: Tensor, device: torch.device) -> Tensor:
     """Return [K, N] for int8 codes [N, K]."""
     if device.type == "cpu":
         return codes.contiguous().t()
-    return ops.npu_format_cast(codes.t().contiguous().to(device), ops.ACL_FORMAT_FRACTAL_NZ)
+    operand: Tensor = ops.npu_format_cast(codes.t().contiguous().to(device), ops.ACL_FORMAT_FRACTAL_NZ)
+    return operand
 
 
 def int4_operand(codes: Tensor, device: torch.device) -> Tensor:
@@ -31,7 +32,8 @@ def int4_operand(codes: Tensor, device: torch.device) -> Tensor:
         n, k = codes.shape
         form = packed.CpuWeight("codes", codes.contiguous())
         return packed.carry(_stand_in((k, n // 8), torch.int32), form)
-    return ops.npu_convert_weight_to_int4pack(codes.t().contiguous().to(device).int())
+    operand: Tensor = ops.npu_convert_weight_to_int4pack(codes.t().contiguous().to(device).int())
+    return operand
 
 
 def mx_operand(codes: Tensor, scale_bytes: Tensor, element: str, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -42,10 +44,27 @@ def mx_operand(codes: Tensor, scale_bytes: Tensor, element: str, dtype: torch.dt
     """
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return codes.to(device).t()
-    step = max(_CHUNK_WEIGHTS * codes.element_size() // codes.shape[1], 1)
-    parts = zip(codes.split(step), scale_bytes.split(step), strict=True)
-    values = torch.cat([mx.dequantize(*part, element).bfloat16() for part in parts])
-    return packed.carry(_stand_in(codes.t().shape, codes.dtype), packed.CpuWeight("dense", values))
+    return packed.carry(_stand_in(codes.t().shape, codes.dtype), _dense(codes, scale_bytes, element))
+
+
+def dual_level_operand(codes: Tensor, scale_bytes: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the weight [N, K/2] of `npu_dual_level_quant_matmul` for fp4 codes [N, K/2] and their level 1.
+
+    For bf16 activations on the CPU it is a stand-in that only that operator reads.
+    """
+    if device.type != "cpu" or dtype is not torch.bfloat16:
+        return codes.to(device)
+    return packed.carry(_stand_in(codes.shape, codes.dtype), _dense(codes, scale_bytes, "e2m1"))
+
+
+def _dense(codes: Tensor, scale_bytes: Tensor, element: str) -> packed.CpuWeight:
+    """The values [N, K] in bf16."""
+    step = max(_CHUNK_BYTES // codes.shape[1], 1)
+    parts = [
+        mx.dequantize(codes[first : first + step], scale_bytes[first : first + step], element).bfloat16()
+        for first in range(0, codes.shape[0], step)
+    ]
+    return packed.CpuWeight("dense", torch.cat(parts))
 
 
 def _stand_in(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:

@@ -128,6 +128,8 @@ def check(recipe: Recipe, indexes: Mapping[str, Index], capability: Capability) 
     Raises:
         UserError: where nothing further can be checked (unknown format or architecture, unreadable config).
     """
+    options = file_options(recipe)
+    indexes = {prefix: replace(index, options=options) for prefix, index in indexes.items()}
     model = describe_model(indexes, recipe.quantization.format)
     assigned, problems = assign(model.parts, _rules(recipe), online=recipe.quantization.online)
     for part in model.parts:
@@ -142,6 +144,12 @@ def check(recipe: Recipe, indexes: Mapping[str, Index], capability: Capability) 
         recipe, capability, model, rows, tuple(placed), cuts, ledger,
         tuple(dict.fromkeys(problems)), tuple(dict.fromkeys(said)),
     )  # fmt: skip
+
+
+def file_options(recipe: Recipe) -> dict[str, str]:
+    """Return what the recipe says of the file that the file may not say itself."""
+    order = recipe.quantization.awq_byte_order
+    return {"awq_byte_order": order} if order else {}
 
 
 def _rules(recipe: Recipe) -> list[Rule]:

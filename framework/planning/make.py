@@ -61,6 +61,7 @@ def make_plan(checked: Checked, device: str) -> Plan:
         table=checked.capability.table.name,
         checkpoint=str(Path(checked.root).absolute()),
         format=checked.format,
+        options=dict(checked.index.options),
         tp_size=recipe.parallel.tp_size,
         spec=decoder,
         transformers=dict(checked.model.transformers or {}),

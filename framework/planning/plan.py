@@ -77,7 +77,7 @@ class RuntimePlan:
 class Plan:
     """The meeting of recipe, headers and support table.
 
-    `spec` is the decoder of an LLM, `transformers` are those of a pipeline by the prefix of their modules.
+    `options` are what the recipe says of the file; `spec` is the decoder of an LLM, `transformers` are those of a pipeline by the prefix of their modules.
     """
 
     recipe: str
@@ -85,6 +85,7 @@ class Plan:
     table: str
     checkpoint: str
     format: str
+    options: dict[str, str]
     tp_size: int
     spec: DecoderSpec | None
     transformers: dict[str, DiffusionSpec]
@@ -105,6 +106,7 @@ class Plan:
             "table": self.table,
             "checkpoint": self.checkpoint,
             "format": self.format,
+            "options": self.options,
             "tp_size": self.tp_size,
             "runtime": asdict(self.runtime),
             "spec": self.spec.to_json() if self.spec else None,
@@ -115,7 +117,7 @@ class Plan:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """Read what `to_json` wrote."""
-        names = ("recipe", "tier", "table", "checkpoint", "format", "tp_size", "roofline")
+        names = ("recipe", "tier", "table", "checkpoint", "format", "options", "tp_size", "roofline")
         return cls(
             **{name: data[name] for name in names},
             spec=DecoderSpec.from_json(data["spec"]) if data["spec"] else None,

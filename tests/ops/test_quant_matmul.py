@@ -148,10 +148,11 @@ def test_int4_by_int4_is_int8_on_the_codes(rows, form):
 
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("offset_error", [None, 0.0, 0.25])
-def test_int8_by_int4_in_groups_adds_what_the_offset_says_beyond_its_own(prepared, offset_error):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_int8_by_int4_in_groups_adds_what_the_offset_says_beyond_its_own(groups, prepared, offset_error):
     """Hardware computes ((x - 8) @ w * s + offset) * tokens."""
-    x, weight = integers(3, 512, 0), integers(16, 512, 1, -8, 8)
-    scale, tokens = random(2, 16), random(3, seed=1)
+    x, weight = integers(3, 256 * groups, 0), integers(16, 256 * groups, 1, -8, 8)
+    scale, tokens = random(groups, 16), random(3, seed=1)
     words = scale.view(torch.int32).long()
     by_row = weight.double() * scale.double().repeat_interleave(256, 0).t()
     offset = None if offset_error is None else (8 * by_row.sum(1) + offset_error).float()

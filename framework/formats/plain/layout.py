@@ -45,8 +45,8 @@ def assumed_float(module: Module) -> list[tuple[str, str, tuple[int, ...]]]:
     if module.kind is Kind.PARAMETER:
         return [(module.name, "BF16", module.dims)]
     n, k = module.shape
-    shape = (n,) if module.kind is Kind.NORM else (n, k)
-    made = [
+    shape: tuple[int, ...] = (n,) if module.kind is Kind.NORM else (n, k)
+    made: list[tuple[str, str, tuple[int, ...]]] = [
         entry
         for name in module.names()
         for entry in [(f"{name}.weight", "BF16", shape), (f"{name}.bias", "BF16", (n,))][: 1 + module.bias]

@@ -6,7 +6,6 @@ Scale bytes are [.., ceil(K/64), 2]: block j at [j // 2, j % 2], an odd number o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,8 +21,6 @@ from framework.ops.dtypes import (
     canonical,
 )
 from framework.ops.linear import linear
-
-RoundMode = Literal["rint", "round", "floor"]
 
 BLOCK = 32
 LEVEL0_BLOCK = 512
@@ -60,34 +57,6 @@ _ELEMENT_OF_NUMBER = {
 _RECIPROCALS = torch.tensor([0.0, *(2.0 ** (127 - byte) for byte in range(1, 255)), float("nan")])
 
 
-# Where rounding to fp4 changes, in quarters: all starts of the magnitudes 1..7 are whole.
-_QUARTERS = 24
-_TIES = (1, 3, 5, 7, 10, 14, 20)
-_VALUES = tuple(int(4 * value) for value in packing.FP4_MAGNITUDES)
-
-
-def _fp4_table(round_mode: RoundMode) -> Tensor:
-    """Code by floor(q) + ceil(q) + 48 for a value of q quarters: twice q if it is whole, else odd between."""
-    places = torch.arange(-2 * _QUARTERS, 2 * _QUARTERS + 1)
-    negative = places < 0
-    twice = 2 * torch.tensor(_TIES)
-    match round_mode:
-        case "rint":
-            # A tie goes to the even code: up to the even magnitudes, down from the odd ones.
-            starts = twice + torch.arange(7).remainder(2).eq(0)
-            codes = torch.bucketize(places.abs(), starts, right=True)
-        case "round":
-            codes = torch.bucketize(places.abs(), twice, right=True)
-        case "floor":
-            grid = 2 * torch.tensor(_VALUES)
-            towards_zero = torch.bucketize(places.abs(), grid[1:], right=True)
-            codes = torch.where(negative, torch.bucketize(places.abs(), grid[:-1]), towards_zero)
-    return (codes | negative.int() << 3).to(torch.uint8)
-
-
-_FP4_TABLES = {mode: _fp4_table(mode) for mode in get_args(RoundMode)}
-
-
 @dataclass(frozen=True, slots=True)
 class Operand:
     """Codes [R, K] (fp4 [R, K/2]) with scale bytes [R, ceil(K/64), 2]; `level0` fp32 [R, ceil(K/512)].
@@ -107,9 +76,7 @@ class Operand:
             values = dequantize(self.codes[rows], self.scale[rows], self.element.name)
         else:
             values = self.form.codes[rows].float()
-        if self.level0 is None:
-            return values
-        return values * _over_columns(self.level0[rows], LEVEL0_BLOCK, values.shape[-1])
+        return values if self.level0 is None else _times(values, self.level0[rows], LEVEL0_BLOCK)
 
 
 def quantize(x: Tensor, element: str, round_mode: str = "rint") -> tuple[Tensor, Tensor]:
@@ -134,14 +101,6 @@ def dequantize(codes: Tensor, scale_bytes: Tensor, element: str) -> Tensor:
     """Return code * 2^(byte - 127) in fp32. `quantize`'s codes and bytes -> [.., K]."""
     dtype = ELEMENTS[element].dtype
     return _scaled(packing.fp4_values(codes) if dtype is None else packing.fp8_values(codes.view(dtype)), scale_bytes)
-
-
-def fp4_codes(x: Tensor, round_mode: str = "rint") -> Tensor:
-    """Return uint8 e2m1 codes 0..15 of fp32 x, saturated; a negative value that rounds to zero is 8 (-0)."""
-    quarters = (x * 4).clamp_(-_QUARTERS, _QUARTERS).nan_to_num_()
-    places = (quarters.floor() + quarters.ceil()).add_(2 * _QUARTERS).int()
-    codes = _FP4_TABLES[round_mode].index_select(0, places.flatten()).view(x.shape)
-    return codes.bitwise_or_(quarters.signbit().view(torch.uint8) << 3)
 
 
 def multiply(x: Operand, weight: Operand, bias: Tensor | None, output: torch.dtype) -> Tensor:
@@ -221,8 +180,9 @@ def dynamic_dual_level_mx_quant(
     """
     if smooth_scale is not None:
         raise NotImplementedError("npu_dynamic_dual_level_mx_quant: smooth_scale has no CPU kernel")
-    level0 = _blocks(input.float(), LEVEL0_BLOCK, LEVEL0_BLOCK).abs().amax(-1) / 6.0
-    scaled = input.float() / _over_columns(level0.masked_fill(level0 == 0, 1.0), LEVEL0_BLOCK, input.shape[-1])
+    blocks = _blocks(input.float(), LEVEL0_BLOCK, LEVEL0_BLOCK)
+    level0 = blocks.abs().amax(-1) / 6.0
+    scaled = (blocks / level0.masked_fill(level0 == 0, 1.0).unsqueeze(-1)).flatten(-2)[..., : input.shape[-1]]
     codes, level1 = quantize(scaled.to(input.dtype), "e2m1", round_mode)
     return codes, level0, level1
 
@@ -263,13 +223,13 @@ def dtype_cast(input: Tensor, dtype: int, input_dtype: int | None = None) -> Ten
     from_fp4 = input_dtype is not None and canonical(input_dtype) == FLOAT4_E2M1FN_X2
     values = packing.fp4_values(input) if from_fp4 else input
     if canonical(dtype) == FLOAT4_E2M1FN_X2:
-        return packing.pack_fp4(fp4_codes(values.float()))
+        return packing.pack_fp4(packing.fp4_codes(values.float()))
     return values.to(packing.carrier(dtype))
 
 
 def _quantize(x: Tensor, element: Element, round_mode: str) -> tuple[Tensor, Tensor]:
     """Codes [.., K], fp4 not packed, and scale bytes."""
-    if round_mode not in (get_args(RoundMode) if element.dtype is None else ("rint",)):
+    if round_mode not in (packing.ROUND_MODES if element.dtype is None else ("rint",)):
         raise ValueError(f"MX {element.name} has no round_mode {round_mode!r}")
     blocks = _blocks(x.float(), BLOCK, 2 * BLOCK)
     exponents = blocks.abs().amax(-1).view(torch.int32) >> 23
@@ -277,19 +237,14 @@ def _quantize(x: Tensor, element: Element, round_mode: str) -> tuple[Tensor, Ten
     reciprocals = _RECIPROCALS.index_select(0, scale.flatten()).view(*scale.shape, 1)
     scaled = (blocks * reciprocals).flatten(-2)[..., : x.shape[-1]]
     if element.dtype is None:
-        codes = fp4_codes(scaled, round_mode)
+        codes = packing.fp4_codes(scaled, round_mode)
     else:
         codes = scaled.clamp(-element.largest, element.largest).to(element.dtype)
     return codes, scale.to(torch.uint8).view(*scale.shape[:-1], -1, 2)
 
 
 def _scaled(values: Tensor, scale_bytes: Tensor) -> Tensor:
-    scale = packing.e8m0_values(scale_bytes.contiguous()).flatten(-2)
-    k = values.shape[-1]
-    if k % BLOCK:
-        return values * _over_columns(scale, BLOCK, k)
-    blocks = values.reshape(*values.shape[:-1], -1, BLOCK)
-    return torch.mul(blocks, scale[..., : k // BLOCK, None]).flatten(-2)
+    return _times(values, packing.e8m0_values(scale_bytes.contiguous()).flatten(-2), BLOCK)
 
 
 def _blocks(x: Tensor, size: int, multiple: int) -> Tensor:
@@ -299,8 +254,13 @@ def _blocks(x: Tensor, size: int, multiple: int) -> Tensor:
     return padded.reshape(*x.shape[:-1], -1, size)
 
 
-def _over_columns(parameter: Tensor, size: int, k: int) -> Tensor:
-    return parameter.repeat_interleave(size, -1)[..., :k]
+def _times(values: Tensor, parameter: Tensor, size: int) -> Tensor:
+    """[.., K] times [.., K / size or more], one for `size` columns."""
+    k = values.shape[-1]
+    if k % size:
+        return values * parameter.repeat_interleave(size, -1)[..., :k]
+    blocks = values.reshape(*values.shape[:-1], -1, size)
+    return torch.mul(blocks, parameter[..., : k // size, None]).flatten(-2)
 
 
 def _by_parts(x: Tensor, weight: Operand) -> Tensor:

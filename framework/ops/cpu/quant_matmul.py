@@ -83,7 +83,8 @@ def quant_matmul(
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x @ weight in int32, exactly. int8 [M, K] and [K, N]; weight as the view of [N, K] is fastest."""
-    if _int_mm_is_exact():
+    # With K = 1 torch's kernel returns memory that it has not written.
+    if x.shape[1] > 1 and _int_mm_is_exact():
         return _int_mm(x, weight)
     total = torch.zeros((x.shape[0], weight.shape[1]), dtype=torch.int32)
     for first in range(0, x.shape[1], _EXACT_IN_FLOAT32):
@@ -132,12 +133,13 @@ def _integer_matmul(
     output: torch.dtype,
 ) -> Tensor:
     codes = packing.unpack_int4(x) if x.dtype is torch.int32 else x
+    in_groups = x.dtype is torch.int8 and weight.dtype is torch.int32
     form = packed.private(weight)
     if form is not None:
         weight = form.codes.t()
     elif weight.dtype is torch.int32:
         weight = int4_codes(weight, codes.shape[1])
-    if scale.dim() == 2 and scale.dtype is torch.int64 and scale.shape[0] > 1:
+    if in_groups:
         y = grouped_product(codes, weight, _float_bits(scale), offset)
     else:
         total = int8_product(codes, weight)

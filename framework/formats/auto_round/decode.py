@@ -1,0 +1,29 @@
+"""auto-round's tensors to QuantTensors: by their packing, those of GPTQ or AWQ."""
+
+from __future__ import annotations
+
+import torch
+
+from framework.checkpoint.index import Index
+from framework.checkpoint.reader import Reader
+from framework.formats.auto_round.layout import AutoRoundLayout, packing_of, width_of
+from framework.formats.word_codes import bias_of, decode_words
+from framework.geometry import Module, Rect
+from framework.quantization.tensor import QuantTensor
+
+LAYOUT = AutoRoundLayout()
+bias = bias_of
+
+
+def decode(
+    module: Module,
+    rect: Rect,
+    scheme: str,
+    index: Index,
+    reader: Reader,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> QuantTensor:
+    """Return a rectangle of a module's weight; its values in `dtype` where the scheme is float."""
+    packing = packing_of(index, width_of(module, index))
+    return decode_words(module, rect, scheme, index, reader, LAYOUT.held(module, index), packing, dtype=dtype)

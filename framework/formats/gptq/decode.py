@@ -1,0 +1,30 @@
+"""GPTQ tensors to QuantTensors."""
+
+from __future__ import annotations
+
+import torch
+
+from framework.checkpoint.index import Index
+from framework.checkpoint.reader import Reader
+from framework.formats.gptq.layout import GptqLayout
+from framework.formats.word_codes import bias_of, decode_words
+from framework.formats.words import Packing
+from framework.geometry import Module, Rect
+from framework.quantization.tensor import QuantTensor
+
+LAYOUT = GptqLayout()
+bias = bias_of
+
+
+def decode(
+    module: Module,
+    rect: Rect,
+    scheme: str,
+    index: Index,
+    reader: Reader,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> QuantTensor:
+    """Return a rectangle of a module's weight; its values in `dtype` where the scheme is float."""
+    held = LAYOUT.held(module, index)
+    return decode_words(module, rect, scheme, index, reader, held, Packing("gptq", held.variant), dtype=dtype)
