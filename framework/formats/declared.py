@@ -13,6 +13,7 @@ from framework.checkpoint.index import Index
 
 DESCRIPTION = "quant_model_description.json"
 DESCRIPTIONS = "quant_model_description*.json"
+DECLARING = ("quantization_config", "compression_config")  # keys of config.json
 METHODS = {
     "awq": "awq",
     "gptq": "gptq",
@@ -55,7 +56,7 @@ def declarations(index: Index) -> tuple[Declaration, ...]:
             break
     config = index.config or {}
     for place, held in (("config.json", config), ("config.json: text_config", config.get("text_config"))):
-        for key in ("quantization_config", "compression_config"):
+        for key in DECLARING:
             if isinstance(held, Mapping) and held.get(key):
                 where = f"{place}{'.' if ':' in place else ': '}{key}"
                 settings = _mapping(index, where, held[key])

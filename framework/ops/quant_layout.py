@@ -1,9 +1,10 @@
 """Weight operands of the matmuls with quantized activations, in the layout that their device multiplies fastest.
 
-What the CPU's own forms cost in memory, per weight: int8 8 bits, as stored. int4 8 bits instead of 4, as codes:
-unpacking at every call costs fifty times the product of one row. MX 16 bits instead of 8.25 (fp8) or 4.25 (fp4), as
-bf16 values, which hold them exactly. `held_bytes` in framework.ops.layout counts them. The operands as documented
-work on the CPU, too, and cost no more memory than their checkpoint.
+What the CPU's own forms cost in memory, per weight: int8 8 bits, as stored. int4 8 bits instead of 4, as codes. MX 16
+bits instead of 8.25 (fp8) or 4.25 (fp4), as bf16 values, which hold them exactly. `held_bytes` in framework.ops.layout
+counts them. The operands as documented work on the CPU, too, and cost no more memory than their checkpoint, but one
+row then takes five to ten times as long: every call unpacks the weight. Two-level MX has no other form (bf16 does not
+hold it exactly).
 """
 
 from __future__ import annotations
@@ -44,27 +45,13 @@ def mx_operand(codes: Tensor, scale_bytes: Tensor, element: str, dtype: torch.dt
     """
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return codes.to(device).t()
-    return packed.carry(_stand_in(codes.t().shape, codes.dtype), _dense(codes, scale_bytes, element))
-
-
-def dual_level_operand(codes: Tensor, scale_bytes: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the weight [N, K/2] of `npu_dual_level_quant_matmul` for fp4 codes [N, K/2] and their level 1.
-
-    For bf16 activations on the CPU it is a stand-in that only that operator reads.
-    """
-    if device.type != "cpu" or dtype is not torch.bfloat16:
-        return codes.to(device)
-    return packed.carry(_stand_in(codes.shape, codes.dtype), _dense(codes, scale_bytes, "e2m1"))
-
-
-def _dense(codes: Tensor, scale_bytes: Tensor, element: str) -> packed.CpuWeight:
-    """The values [N, K] in bf16."""
     step = max(_CHUNK_BYTES // codes.shape[1], 1)
-    parts = [
+    values = [
         mx.dequantize(codes[first : first + step], scale_bytes[first : first + step], element).bfloat16()
         for first in range(0, codes.shape[0], step)
     ]
-    return packed.CpuWeight("dense", torch.cat(parts))
+    form = packed.CpuWeight("dense", torch.cat(values))
+    return packed.carry(_stand_in(codes.t().shape, codes.dtype), form)
 
 
 def _stand_in(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:

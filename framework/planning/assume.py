@@ -17,6 +17,7 @@ from framework.families.diffusion import describe_transformer, diffusion_modules
 from framework.families.gguf import ARCHITECTURES, WITH_EXPERTS
 from framework.families.pipeline import describe_pipeline
 from framework.formats.base import Assumed
+from framework.formats.declared import DECLARING
 from framework.formats.registry import LAYOUTS
 from framework.geometry import Module
 from framework.recipe.schema import Assume
@@ -69,7 +70,8 @@ def _index(path: Path, prefix: str, assume: Assume, config: Mapping[str, Any]) -
         "gguf" if gguf else "safetensors",
         tensors,
         metadata={"general.architecture": _architecture(config)} if gguf else {},
-        config={**config, **made.config},
+        # how the published weights are quantized does not say how the assumed ones are
+        config={key: value for key, value in config.items() if key not in DECLARING} | made.config,
         notes=(NOTE,),
         documents=dict(made.documents),
     )

@@ -77,7 +77,8 @@ class RuntimePlan:
 class Plan:
     """The meeting of recipe, headers and support table.
 
-    `options` are what the recipe says of the file; `spec` is the decoder of an LLM, `transformers` are those of a pipeline by the prefix of their modules.
+    `options` are what the recipe says of the file; `spec` is the decoder of an LLM, `transformers` are those of a
+    pipeline by the prefix of their modules.
     """
 
     recipe: str

@@ -68,7 +68,7 @@ class ModelslimLayout:
     def faults(self, modules: Sequence[Module], index: Index) -> list[Problem]:
         """Values that nobody runs, quantized embeddings, entries without tensors, codes without entries."""
         return [*_malformed(index), *_unknown(modules, index), *_embeddings(modules, index),
-                *_unlike(modules, index), *_rotated(index)]  # fmt: skip
+                *_unlike(index), *_rotated(index)]  # fmt: skip
 
     def stand_in(self, modules: Sequence[Module], scheme: str, options: dict[str, Any]) -> Assumed:
         """Return the headers that msModelSlim would write."""
@@ -95,8 +95,15 @@ def entry(module: Module, index: Index) -> tuple[str, str]:
 
 def factor(module: Module, index: Index) -> str | None:
     """Return the name of the tensor that multiplies a linear's input, if the file has one."""
+    if not _has_factors(index):
+        return None
     name = stem(module, index)
     return next((f"{name}.{suffix}" for suffix in FACTORS if f"{name}.{suffix}" in index.tensors), None)
+
+
+@lru_cache(maxsize=8)
+def _has_factors(index: Index) -> bool:
+    return any(name.endswith(FACTORS[1]) for name in index.tensors)
 
 
 @lru_cache(maxsize=8)
@@ -172,7 +179,8 @@ def _malformed(index: Index) -> list[Problem]:
 
 def _unknown(modules: Sequence[Module], index: Index) -> list[Problem]:
     found: dict[str, list[str]] = {}
-    for module in _linears(modules):
+    strange = set(_described(index).values()) - TYPES.keys() - {FLOAT}
+    for module in _linears(modules) if strange else ():
         label = entry(module, index)[1]
         if label != FLOAT and label not in TYPES:
             found.setdefault(label, []).append(module.name)
@@ -209,21 +217,18 @@ def _embeddings(modules: Sequence[Module], index: Index) -> list[Problem]:
     return problems
 
 
-def _unlike(modules: Sequence[Module], index: Index) -> list[Problem]:
-    """Linears whose tensors and description do not speak of the same thing."""
-    described, tensors = _described(index), index.tensors
+def _unlike(index: Index) -> list[Problem]:
+    """Weights whose tensors and description do not speak of the same thing."""
+    described = _described(index)
     silent, float_held = [], []
-    for module in _linears(modules):
-        name = stem(module, index)
-        info = tensors.get(f"{name}.weight") or tensors.get(f"{name}{INNER}.weight")
-        if info is None:
+    for name, info in index.tensors.items():
+        if not name.endswith(".weight"):
             continue
-        named = f"{name}.weight" in described or f"{name}{INNER}.weight" in described
-        label = entry(module, index)[1]
-        if info.dtype not in FLOATS and label == FLOAT:
-            silent.append((module.name, "no entry" if not named else "the entry FLOAT", info.dtype))
+        label = described.get(name)
+        if info.dtype not in FLOATS and label in (None, FLOAT):
+            silent.append((name, "no entry" if label is None else "the entry FLOAT", info.dtype))
         elif info.dtype in FLOATS and label in TYPES:
-            float_held.append((module.name, f"the entry {label}", info.dtype))
+            float_held.append((name, f"the entry {label}", info.dtype))
     return [
         Problem(
             "description-missing",

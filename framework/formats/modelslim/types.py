@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 SCALES = ("F32", "BF16", "F16")
 
@@ -107,6 +108,7 @@ def extent(axis: str, n: int, k: int, groups: int) -> int:
     return sizes[name] // int(divisor or 1) if name in sizes else int(axis)
 
 
+@lru_cache(maxsize=4096)
 def shape_of(notation: str, n: int, k: int, groups: int) -> tuple[int, ...]:
     """Return a shape from its notation."""
     return tuple(extent(axis, n, k, groups) for axis in notation.split())

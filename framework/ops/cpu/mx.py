@@ -61,7 +61,7 @@ _RECIPROCALS = torch.tensor([0.0, *(2.0 ** (127 - byte) for byte in range(1, 255
 class Operand:
     """Codes [R, K] (fp4 [R, K/2]) with scale bytes [R, ceil(K/64), 2]; `level0` fp32 [R, ceil(K/512)].
 
-    `form` of a weight: its values without `level0` in bf16.
+    `form` of a weight without `level0`: its values in bf16.
     """
 
     codes: Tensor
@@ -72,11 +72,14 @@ class Operand:
 
     def values(self, rows: slice = slice(None)) -> Tensor:
         """The fp32 values of some rows."""
-        if self.form is None:
-            values = dequantize(self.codes[rows], self.scale[rows], self.element.name)
-        else:
-            values = self.form.codes[rows].float()
-        return values if self.level0 is None else _times(values, self.level0[rows], LEVEL0_BLOCK)
+        if self.form is not None:
+            return self.form.codes[rows].float()
+        factors = packing.e8m0_values(self.scale[rows].contiguous()).flatten(-2)
+        if self.level0 is not None:
+            # A product with a power of two: exact, so the level costs no rounding of its own.
+            per_block = self.level0[rows].repeat_interleave(LEVEL0_BLOCK // BLOCK, -1)
+            factors = factors * per_block[..., : factors.shape[-1]]
+        return _times(_decoded(self.codes[rows], self.element), factors)
 
 
 def quantize(x: Tensor, element: str, round_mode: str = "rint") -> tuple[Tensor, Tensor]:
@@ -99,18 +102,17 @@ def quantize(x: Tensor, element: str, round_mode: str = "rint") -> tuple[Tensor,
 
 def dequantize(codes: Tensor, scale_bytes: Tensor, element: str) -> Tensor:
     """Return code * 2^(byte - 127) in fp32. `quantize`'s codes and bytes -> [.., K]."""
-    dtype = ELEMENTS[element].dtype
-    return _scaled(packing.fp4_values(codes) if dtype is None else packing.fp8_values(codes.view(dtype)), scale_bytes)
+    return Operand(codes, scale_bytes, ELEMENTS[element]).values()
 
 
 def multiply(x: Operand, weight: Operand, bias: Tensor | None, output: torch.dtype) -> Tensor:
     """Return x @ weight^T + bias of the dequantized operands, accumulated in fp32. [M, N] in `output`.
 
-    Element times power of two is exact in bf16, so bf16 output without bias or `level0` is one bf16 matmul if the
+    Element times power of two is exact in bf16, so bf16 output without bias is one bf16 matmul if the
     weight has a form; else weights are widened to fp32 by parts.
     """
     values = x.values()
-    if weight.form is not None and weight.level0 is None and bias is None and output is torch.bfloat16:
+    if weight.form is not None and bias is None and output is torch.bfloat16:
         return linear(values.bfloat16(), weight.form.codes)
     y = _by_parts(values, weight)
     return (y if bias is None else y.add_(bias)).to(output)
@@ -160,8 +162,8 @@ def anti_mx_quant(
     if element is None:
         raise NotImplementedError(f"npu_anti_mx_quant: {src_type=}")
     axis = -1 if axis is None else axis
-    values = packing.fp4_values(x) if element.dtype is None else packing.fp8_values(x.view(element.dtype))
-    y = _scaled(values.movedim(axis, -1), mxscale.movedim(axis % x.dim(), -2)).movedim(-1, axis)
+    factors = packing.e8m0_values(mxscale.movedim(axis % x.dim(), -2).contiguous()).flatten(-2)
+    y = _times(_decoded(x, element).movedim(axis, -1), factors).movedim(-1, axis)
     return y.contiguous().to(packing.carrier(BFLOAT16 if dst_type is None else dst_type))
 
 
@@ -214,7 +216,7 @@ def dual_level_quant_matmul(
         [M, N].
     """
     x = Operand(x1, x1_level1_scale, ELEMENTS["e2m1"], x1_level0_scale)
-    weight = Operand(x2, x2_level1_scale, ELEMENTS["e2m1"], x2_level0_scale.t(), packed.private(x2))
+    weight = Operand(x2, x2_level1_scale, ELEMENTS["e2m1"], x2_level0_scale.t())
     return multiply(x, weight, bias, packing.carrier(output_dtype))
 
 
@@ -243,8 +245,9 @@ def _quantize(x: Tensor, element: Element, round_mode: str) -> tuple[Tensor, Ten
     return codes, scale.to(torch.uint8).view(*scale.shape[:-1], -1, 2)
 
 
-def _scaled(values: Tensor, scale_bytes: Tensor) -> Tensor:
-    return _times(values, packing.e8m0_values(scale_bytes.contiguous()).flatten(-2), BLOCK)
+def _decoded(codes: Tensor, element: Element) -> Tensor:
+    """The elements as fp32 [.., K], a new tensor."""
+    return packing.fp4_values(codes) if element.dtype is None else packing.fp8_values(codes.view(element.dtype))
 
 
 def _blocks(x: Tensor, size: int, multiple: int) -> Tensor:
@@ -254,13 +257,13 @@ def _blocks(x: Tensor, size: int, multiple: int) -> Tensor:
     return padded.reshape(*x.shape[:-1], -1, size)
 
 
-def _times(values: Tensor, parameter: Tensor, size: int) -> Tensor:
-    """[.., K] times [.., K / size or more], one for `size` columns."""
+def _times(values: Tensor, factors: Tensor) -> Tensor:
+    """New values [.., K] times a factor for every block, in place if K is a multiple of 32."""
     k = values.shape[-1]
-    if k % size:
-        return values * parameter.repeat_interleave(size, -1)[..., :k]
-    blocks = values.reshape(*values.shape[:-1], -1, size)
-    return torch.mul(blocks, parameter[..., : k // size, None]).flatten(-2)
+    if k % BLOCK:
+        return values * factors.repeat_interleave(BLOCK, -1)[..., :k]
+    blocks = values.reshape(*values.shape[:-1], -1, BLOCK)
+    return blocks.mul_(factors[..., : k // BLOCK, None]).flatten(-2)
 
 
 def _by_parts(x: Tensor, weight: Operand) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from framework import ops
+from framework.ops import layout
 from framework.quantization.tensor import QuantTensor
 
 DTYPE_NUMBERS = {torch.float32: ops.FLOAT32, torch.float16: ops.FLOAT16, torch.bfloat16: ops.BFLOAT16}
@@ -61,8 +62,8 @@ class Scheme:
 
 
 def held_bytes(*tensors: Tensor | None) -> int:
-    """Bytes of tensors that are there."""
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    """Bytes of tensors that are there, in whatever form their device holds them."""
+    return sum(layout.held_bytes(tensor) for tensor in tensors if tensor is not None)
 
 
 def inputs_of(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from framework import ops
 from framework.ops import packing
+from framework.ops.quant_layout import mx_operand
 from framework.quantization.schemes.base import DTYPE_NUMBERS, Operands, entering, grouped_matmul, held_bytes, inputs_of
 from framework.quantization.tensor import QuantTensor
 
@@ -34,8 +35,9 @@ def _scales(weight: QuantTensor) -> Tensor:
 
 def prepare(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Weight [K, N] (fp4: [K/2, N]) and scale [ceil(K/64), N, 2]: views, which the operator wants transposed alike."""
-    operand = _codes(weight).contiguous().to(device).transpose(0, 1)
-    scale = _scales(weight).to(device).transpose(0, 1)
+    pairs = _scales(weight)
+    operand = mx_operand(_codes(weight).contiguous(), pairs, weight.element, dtype, device)
+    scale = pairs.to(device).transpose(0, 1)
     inputs = inputs_of(weight, dtype, device)
     return Operands(operand, scale, inputs=inputs, nbytes=held_bytes(operand, scale))
 

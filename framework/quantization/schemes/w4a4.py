@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from framework import ops
+from framework.ops.quant_layout import int4_operand
 from framework.quantization.schemes.base import DTYPE_NUMBERS, Operands, entering, grouped_matmul, held_bytes, inputs_of
 from framework.quantization.tensor import QuantTensor
 
@@ -15,7 +16,7 @@ QUINT4X2 = 16  # of npu_dynamic_quant: torch's number of quint4x2
 
 
 def int4_weight(codes: Tensor, device: torch.device) -> Tensor:
-    """Return signed codes int8 [N, K] as int32 [K, N/8], eight to a word along N, the first in the low bits."""
+    """Return signed codes int8 [N, K] as int32 [K, N/8], eight to a word along N: one expert of a grouped operand."""
     return ops.npu_convert_weight_to_int4pack(codes.t().contiguous().to(device).int())  # type: ignore[no-any-return]
 
 
@@ -27,7 +28,7 @@ def as_int64(scale: Tensor) -> Tensor:
 def prepare(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Weight int32 [K, N/8], scale fp32 [N]."""
     scale = row_scale(weight)
-    operand = int4_weight(weight.codes, device)
+    operand = int4_operand(weight.codes, device)
     scale = scale.to(device)
     return Operands(operand, scale, inputs=inputs_of(weight, dtype, device), nbytes=held_bytes(operand, scale))
 

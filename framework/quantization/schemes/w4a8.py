@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from framework import ops
+from framework.ops.quant_layout import int4_operand, int8_operand
 from framework.quantization.schemes.base import DTYPE_NUMBERS, Operands, entering, grouped_matmul, held_bytes, inputs_of
 from framework.quantization.schemes.w4a4 import as_int64, int4_weight
-from framework.quantization.schemes.w8a8 import int8_weight
+from framework.quantization.schemes.w8a8 import expert_weight
 from framework.quantization.tensor import QuantTensor
 
 OP_GROUP = 256
@@ -27,12 +28,12 @@ def prepare(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) ->
     codes, scale, group = _symmetric(weight)
     n, k = codes.shape
     if (group == k or group % OP_GROUP == 0) and k % OP_GROUP == 0 and n % 8 == 0:
-        operand = int4_weight(codes, device)
+        operand = int4_operand(codes, device)
         repeats = (k if group == k else group) // OP_GROUP
         scale = as_int64(scale.repeat_interleave(repeats, dim=1).t().contiguous()).to(device)
         inputs = inputs_of(weight, dtype, device)
         return Operands(operand, scale, group_size=OP_GROUP, inputs=inputs, nbytes=held_bytes(operand, scale))
-    operand, scale = int8_weight(codes, device), scale.t().contiguous().to(device)
+    operand, scale = int8_operand(codes, device), scale.t().contiguous().to(device)
     inputs = inputs_of(weight, dtype, device)
     return Operands(operand, scale, inputs=inputs, nbytes=held_bytes(operand, scale))
 
@@ -92,7 +93,7 @@ def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, devic
         bias = torch.stack([_SHIFT * weight.dequantize().double().sum(1).float() for weight in weights]).to(device)
         scale = as_int64(scale.repeat_interleave(repeats, dim=1).contiguous()).to(device)
         return Operands(operand, scale, bias=bias, group_size=group, nbytes=held_bytes(operand, scale, bias))
-    operand = int8_weight(torch.stack([codes for codes, _, _ in forms]), device)
+    operand = expert_weight(weights, device)
     scale = scale.contiguous().to(device)
     return Operands(operand, scale, nbytes=held_bytes(operand, scale))
 

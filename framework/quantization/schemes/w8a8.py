@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from framework import ops
+from framework.ops.quant_layout import int8_operand
 from framework.quantization.schemes.base import (
     DTYPE_NUMBERS,
     Operands,
@@ -21,10 +22,10 @@ from framework.quantization.tensor import QuantTensor
 QINT8 = 12  # of npu_quantize: torch's number of qint8
 
 
-def int8_weight(codes: Tensor, device: torch.device) -> Tensor:
-    """Return int8 codes [.., N, K] as the operand [.., K, N]: a transposed view, tiled on an NPU."""
-    operand = ops.npu_format_cast(codes.to(device).contiguous(), ops.ACL_FORMAT_FRACTAL_NZ)
-    return operand.transpose(-1, -2)
+def expert_weight(weights: Sequence[QuantTensor], device: torch.device) -> Tensor:
+    """Return int8 codes [N, K] of all experts as the operand [E, K, N]: a transposed view, tiled on an NPU."""
+    stacked = torch.stack([weight.codes for weight in weights]).to(device)
+    return ops.npu_format_cast(stacked, ops.ACL_FORMAT_FRACTAL_NZ).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def prepare_static(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -43,7 +44,7 @@ def prepare_static(weight: QuantTensor, *, dtype: torch.dtype, device: torch.dev
     bias = weight.rows.get("quant_bias")
     if bias is None:
         bias = -(offset.double() * weight.codes.sum(1, dtype=torch.int64)).round().to(torch.int32)
-    operand = int8_weight(weight.codes, device)
+    operand = int8_operand(weight.codes, device)
     factor, shift = (value.expand(k).contiguous().to(device) for value in (1.0 / scale, offset))
     deq_scale, bias = deq_scale.float().contiguous().to(device), bias.contiguous().to(device)
     return Operands(
@@ -68,7 +69,7 @@ def prepare_dynamic(weight: QuantTensor, *, dtype: torch.dtype, device: torch.de
     """Weight int8 [K, N], scale fp32 [N]; `offset` fp32 [N] = scale * zero where codes are not symmetric."""
     if weight.scale is None or weight.scale.shape[1] != 1:
         raise ValueError("w8a8_dynamic takes int8 codes with one scale a row")
-    operand = int8_weight(weight.codes, device)
+    operand = int8_operand(weight.codes, device)
     scale = weight.scale.float().squeeze(1).to(device)
     offset = None
     if weight.zero is not None and bool(weight.zero.any()):
@@ -95,7 +96,7 @@ def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, devic
         raise ValueError("w8a8_dynamic takes int8 codes with one scale a row")
     if any(weight.zero is not None and bool(weight.zero.any()) for weight in weights):
         raise ValueError("the grouped operator takes symmetric int8 codes")
-    operand = int8_weight(torch.stack([weight.codes for weight in weights]), device)
+    operand = expert_weight(weights, device)
     kept = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
     scale = torch.stack([weight.scale.squeeze(1) for weight in weights if weight.scale is not None])
     scale = scale.to(device=device, dtype=kept)
