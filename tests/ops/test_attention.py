@@ -332,7 +332,27 @@ def test_a_causal_mode_without_its_mask_is_an_error():
 
 def test_arguments_without_a_cpu_kernel_are_refused_by_name():
     query = random(3, 2, 8)
-    with pytest.raises(NotImplementedError, match="query_rope"):
-        ops.npu_fused_infer_attention_score(query, query, query, num_heads=2, input_layout="TND", query_rope=query)
+    with pytest.raises(NotImplementedError, match="dequant_scale1"):
+        ops.npu_fused_infer_attention_score(query, query, query, num_heads=2, input_layout="TND", dequant_scale1=query)
     with pytest.raises(NotImplementedError, match="SBH"):
         ops.npu_fused_infer_attention_score(query, query, query, num_heads=2, input_layout="SBH")
+
+
+def test_rotated_features_of_latent_attention_are_further_features_of_queries_and_keys():
+    tokens, heads, rank, rotated, scale = 7, 4, 16, 8, 0.2
+    query, query_rope = random(tokens, heads, rank), random(tokens, heads, rotated)
+    latent, key_rope = random(tokens, 1, rank), random(tokens, 1, rotated)
+    blocks, mask = 2, torch.ones(2048, 2048, dtype=torch.bool).triu_(1)
+    pages, rope_pages = torch.zeros(blocks, 128, rank), torch.zeros(blocks, 128, rotated)
+    pages[1, :tokens], rope_pages[1, :tokens] = latent[:, 0], key_rope[:, 0]
+    out = ops.npu_fused_infer_attention_score(
+        query, pages, pages, query_rope=query_rope, key_rope=rope_pages, atten_mask=mask, actual_seq_lengths=[tokens],
+        actual_seq_lengths_kv=[tokens], block_table=torch.tensor([[1]], dtype=torch.int32), num_heads=heads,
+        num_key_value_heads=1, scale=scale, input_layout="TND", sparse_mode=3, block_size=128,
+    )[0]  # fmt: skip
+    # written out: scores of both kinds of features add, values are the latent
+    scores = torch.einsum("thr,sr->hts", query.double(), latent[:, 0].double())
+    scores += torch.einsum("thr,sr->hts", query_rope.double(), key_rope[:, 0].double())
+    scores = (scores * scale).masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), float("-inf"))
+    expected = torch.einsum("hts,sr->thr", scores.softmax(-1), latent[:, 0].double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
