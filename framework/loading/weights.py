@@ -11,10 +11,11 @@ from torch import Tensor
 from framework.checkpoint.index import Index
 from framework.checkpoint.reader import Reader
 from framework.formats.base import Decoder
-from framework.geometry import Split
+from framework.geometry import Module, Rect, Split
 from framework.layers.group import Group
 from framework.layers.linear import ParallelLinear, Part
 from framework.planning.plan import Plan, PlannedModule
+from framework.quantization.online import quantize
 from framework.quantization.registry import SCHEMES
 from framework.quantization.tensor import QuantTensor, concat, fusable
 
@@ -134,13 +135,22 @@ class RankWeights:
     def _decode(self, planned: PlannedModule, expert: int | None = None) -> QuantTensor:
         rect = planned.shards[self.group.rank]
         module = planned.module if expert is None else planned.module.expert(expert)
-        weight = self.decoder.decode(module, rect, planned.scheme, self.index, self.reader, dtype=self.dtype)
+        if planned.mode == "online":
+            weight = self._quantized(planned, module, rect)
+        else:
+            weight = self.decoder.decode(module, rect, planned.scheme, self.index, self.reader, dtype=self.dtype)
         if CORRECTION in weight.rows and planned.split is Split.ROW and self.group.rank:
             # the correction of a row split is added once
             weight = replace(weight, rows={**weight.rows, CORRECTION: torch.zeros_like(weight.rows[CORRECTION])})
         self._done += rect.size
         self.progress(self._done, self._total)
         return weight
+
+    def _quantized(self, planned: PlannedModule, module: Module, rect: Rect) -> QuantTensor:
+        """Quantize whole rows, whose scales every rank then has alike, and cut this rank's columns."""
+        rows = Rect(rect.n0, rect.n1, 0, module.shape[1])
+        whole = self.decoder.decode(module, rows, "float", self.index, self.reader, dtype=torch.float32)
+        return quantize(whole.codes, planned.scheme, planned.group).slice(0, rect.n1 - rect.n0, rect.k0, rect.k1)
 
     def _prepare(self, scheme_name: str, weight: QuantTensor) -> Part:
         scheme = SCHEMES[scheme_name]

@@ -13,6 +13,8 @@ from framework.formats.base import Held, Layout
 from framework.geometry import Kind, Module, Role
 
 _MAX_NAMES = 3
+# of 4-bit weights that are quantized at load: the largest that divides K
+ONLINE_GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,9 @@ def _online(assigned: list[Assigned]) -> tuple[list[Assigned], list[Problem]]:
             settled.append(entry)
             continue
         done.add(rule)
-        settled.append(replace(entry, scheme=rule.scheme, mode="online"))
+        group = online_group(rule.scheme, module.shape[1])
+        held = replace(entry.held, group=group, grain=(1, max(group, 1)))
+        settled.append(replace(entry, held=held, scheme=rule.scheme, mode="online"))
     for format_name, found in quantized.items():
         problems.append(
             Problem(
@@ -207,6 +211,11 @@ def _online(assigned: list[Assigned]) -> tuple[list[Assigned], list[Problem]]:
             )
         )
     return settled, problems
+
+
+def online_group(scheme: str, k: int) -> int:
+    """Return the group that a weight of K input features is quantized in at load; 0: one scale a row."""
+    return next((size for size in ONLINE_GROUPS if k % size == 0), 0) if scheme == "w4a16" else 0
 
 
 def _form(held: Held) -> tuple[object, ...]:
