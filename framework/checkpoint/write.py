@@ -1,14 +1,18 @@
-"""Write checkpoints: safetensors files with an index where there are several, and the JSON documents beside them."""
+"""Write checkpoints: safetensors files with an index where there are several, and the documents beside them."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from framework.checkpoint.safetensors import DTYPE_BYTES
+from framework.errors import InputError, Problem, Refused
 
 SHARD_BYTES = 5 << 30
 Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
@@ -28,22 +32,146 @@ def write_headers(
     Returns:
         The safetensors files.
     """
-    shards = list(_shards(tensors, shard_bytes))
-    names = [
-        "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        for i in range(len(shards))
-    ]
-    for name, shard in zip(names, shards, strict=True):
-        header, end = header_of(shard)
-        with (folder / name).open("wb") as file:
-            file.write(header)
-            file.truncate(len(header) + end)
-    if len(shards) > 1:
-        weight_map = {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    for name, document in documents.items():
-        _write_json(folder / name, document)
-    return [folder / name for name in names]
+    files = _Files(folder, list(tensors), shard_bytes)
+    files.close()
+    _write_documents(folder, documents)
+    return files.paths
+
+
+class CheckpointWriter:
+    """A checkpoint that appears whole or not at all: written beside its place, renamed when complete.
+
+    Tensors are put in any order, one by one, so that no more than one needs memory. A context manager.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Iterable[Entry],
+        documents: Mapping[str, Any],
+        *,
+        stem: str = "model",
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.folder, self.tensors, self.documents = folder, list(tensors), documents
+        self.stem, self.shard_bytes = stem, shard_bytes
+        self.part = folder.with_name(f".{folder.name}.part")
+
+    def __enter__(self) -> CheckpointWriter:
+        """Make the temporary folder.
+
+        Raises:
+            InputError: `output-exists`; `output-folder`, it cannot be made.
+        """
+        if self.folder.exists():
+            raise InputError(
+                Problem(
+                    "output-exists",
+                    "the output exists already",
+                    str(self.folder),
+                    "a checkpoint is written whole, into a new folder",
+                    f"job.output={self.folder.with_name(self.folder.name + '-2')}",
+                )
+            )
+        shutil.rmtree(self.part, ignore_errors=True)
+        try:
+            self.part.mkdir()
+        except OSError as error:
+            raise InputError(
+                Problem(
+                    "output-folder",
+                    f"the output cannot be made: {error.strerror}",
+                    str(self.folder),
+                    fix="job.output=/a/new/folder/in/one/you/can/write",
+                )
+            ) from error
+        self.files = _Files(self.part, self.tensors, self.shard_bytes, self.stem)
+        return self
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Write the bytes of one tensor.
+
+        Raises:
+            Refused: `disk-full`.
+        """
+        try:
+            self.files.put(name, data)
+        except OSError as error:
+            raise Refused(
+                Problem(
+                    "disk-full",
+                    f"{name} cannot be written: {error.strerror}",
+                    str(self.folder),
+                    fix="job.output=/a/folder/on/a/larger/disk",
+                )
+            ) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put the folder in its place if every tensor came; else leave nothing."""
+        self.files.close()
+        if kind is not None:
+            shutil.rmtree(self.part, ignore_errors=True)
+            return
+        missing = self.files.missing()
+        if missing:
+            shutil.rmtree(self.part, ignore_errors=True)
+            raise RuntimeError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
+        _write_documents(self.part, self.documents)
+        self.part.rename(self.folder)
+
+
+class _Files:
+    """Safetensors files with their headers written and room for their data."""
+
+    def __init__(self, folder: Path, tensors: list[Entry], shard_bytes: int, stem: str = "model") -> None:
+        shards = list(_shards(tensors, shard_bytes))
+        count = len(shards)
+        names = [
+            f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
+            for i in range(count)
+        ]
+        self.paths = [folder / name for name in names]
+        self.places: dict[str, tuple[int, int, int]] = {}
+        self.descriptors = []
+        for path, shard in zip(self.paths, shards, strict=True):
+            header, end = header_of(shard)
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
+            self.descriptors.append(descriptor)
+            os.pwrite(descriptor, header, 0)
+            os.ftruncate(descriptor, len(header) + end)
+            at = len(header)
+            for name, dtype, shape in shard:
+                size = prod(shape) * DTYPE_BYTES[dtype]
+                self.places[name] = (descriptor, at, size)
+                at += size
+        self.left = set(self.places)
+        if count > 1:
+            weight_map = {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+            total = sum(size for _, _, size in self.places.values())
+            _write_documents(
+                folder,
+                {f"{stem}.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": weight_map}},
+            )
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        descriptor, at, size = self.places[name]
+        view = memoryview(data).cast("B")
+        if len(view) != size:
+            raise ValueError(f"{name} takes {size} bytes, {len(view)} were given")
+        done = 0
+        while done < size:
+            done += os.pwrite(descriptor, view[done : done + (1 << 30)], at + done)
+        self.left.discard(name)
+
+    def missing(self) -> list[str]:
+        return sorted(self.left)
+
+    def close(self) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors = []
 
 
 def header_of(tensors: Iterable[Entry]) -> tuple[bytes, int]:
@@ -71,5 +199,6 @@ def _shards(tensors: Iterable[Entry], shard_bytes: int) -> Iterator[list[Entry]]
     yield shard
 
 
-def _write_json(path: Path, document: Any) -> None:  # noqa: ANN401
-    path.write_text(json.dumps(document), encoding="utf-8")
+def _write_documents(folder: Path, documents: Mapping[str, Any]) -> None:
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

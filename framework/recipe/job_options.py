@@ -93,6 +93,14 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantize:
+    """A float checkpoint to one in ModelSlim's layout, by the recipe's schemes; round to nearest."""
+
+    output: str | None = field(default=None, metadata={"path": True})
+    """The folder to write, which must not exist."""
+
+
+@dataclass(frozen=True, slots=True)
 class Doctor:
     """Versions, devices, what does not fit together and the fix."""
 
@@ -119,12 +127,13 @@ JOBS: dict[str, type] = {
     "plan": Plan,
     "verify": Verify,
     "bench": Bench,
+    "quantize": Quantize,
     "matrix": Matrix,
     "doctor": Doctor,
     "schema": Schema,
 }
-RESERVED_JOBS = ("render", "quantize", "repack", "serve")
+RESERVED_JOBS = ("render", "repack", "serve")
 WITHOUT_RECIPE = ("matrix", "doctor", "schema", "repack")
 DEFAULT_JOB = {"llm": "generate", "diffusion": "render"}
 # a job that makes one kind of thing; all others take both
-KIND_OF_JOB = {"generate": "llm", "bench": "llm", "serve": "llm", "render": "diffusion"}
+KIND_OF_JOB = {"generate": "llm", "bench": "llm", "quantize": "llm", "serve": "llm", "render": "diffusion"}

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 Entry = dict[str, Any]  # one entry of plan.json's `modules`
+Rank = dict[str, Any]  # one entry of its `ranks`
 
 _LAYER = re.compile(r"\.(\d+)\.")
 FACTS = ("scheme", "row", "mode", "op", "pieces", "split", "shape", "shards", "label", "group")
@@ -63,6 +64,8 @@ def fold(modules: Iterable[Entry], keys: Sequence[str] = FACTS) -> list[Fold]:
 
 def ranges(numbers: Sequence[int], most: int = 3) -> str:
     """Return ascending numbers as ranges (`0-27, 30`); scattered over more ranges than `most`: `12 of 0-47`."""
+    if not numbers:
+        return ""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
     if len(runs) > most:
         return f"{len(numbers)} of {numbers[0]}-{numbers[-1]}"
@@ -100,12 +103,17 @@ def held_as(entry: Entry) -> str:
     return word + (f" g{entry['group']}" if entry["group"] else "") + (" online" if entry["mode"] == "online" else "")
 
 
-def rank_runs(ranks: Sequence[dict[str, Any]], *, names: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """Return neighbouring ranks of a node that are equal in `names`, together."""
-    return [list(run) for _, run in groupby(ranks, key=lambda rank: [rank["node"], *(rank[name] for name in names)])]
+def rank_runs(ranks: Sequence[Rank]) -> list[list[Rank]]:
+    """Return neighbouring ranks that hold as many bytes and heads, together."""
+
+    def held(rank: Rank) -> list[Any]:
+        heads = [rank[name][1] - rank[name][0] for name in ("q_heads", "kv_heads")]
+        return [rank["node"], *heads, *(rank[name] for name in rank if name.endswith("_bytes"))]
+
+    return [list(run) for _, run in groupby(ranks, key=held)]
 
 
-def rank_name(run: Sequence[dict[str, Any]]) -> str:
+def rank_name(run: Sequence[Rank]) -> str:
     """`rank 0`, or `ranks 0-3`."""
     first, last = run[0]["rank"], run[-1]["rank"]
     return f"rank {first}" if first == last else f"ranks {first}-{last}"

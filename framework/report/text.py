@@ -9,9 +9,9 @@ GIB = 1 << 30
 MIB = 1 << 20
 
 
-def width() -> int:
-    """Columns of the terminal, at most 100."""
-    return min(100, shutil.get_terminal_size((100, 24)).columns)
+def width(most: int = 100) -> int:
+    """Columns of the terminal, at most `most`; 100 where there is no terminal."""
+    return min(most, shutil.get_terminal_size((100, 24)).columns)
 
 
 def size(nbytes: float) -> str:
