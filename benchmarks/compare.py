@@ -51,13 +51,13 @@ def load_ours(path: str, threads: int) -> Any:  # noqa: ANN401
     """Load the quickstart's schemes (w4a16 layers, w8a16 head), bf16 activations, one rank."""
     import torch
 
-    from framework.capability.table import read_table
+    from framework.jobs.common import read_capability
     from framework.checkpoint.open import open_index
     from framework.layers.group import Alone
     from framework.loading.load import load
     from framework.planning.check import check
     from framework.planning.make import make_plan
-    from framework.recipe.compose import compose, conf_dir
+    from framework.recipe.compose import compose
 
     torch.set_num_threads(threads)
     overrides = [
@@ -69,7 +69,8 @@ def load_ours(path: str, threads: int) -> Any:  # noqa: ANN401
         "runtime.max_batch=1",
         f"runtime.threads={threads}",
     ]
-    checked = check(compose(overrides), open_index(Path(path)), read_table(conf_dir() / "capability", "default"))
+    recipe = compose(overrides)
+    checked = check(recipe, {"": open_index(Path(path))}, read_capability(recipe))
     return load(make_plan(checked, "cpu"), Alone(), lambda done, total: None)
 
 

@@ -23,6 +23,7 @@ class Limit:
     group_min: int = 1
     whole_groups: bool = False
     groups: tuple[int, ...] | None = None
+    symmetric: bool = False
     otherwise: str = "refuse"
 
     @property
@@ -68,13 +69,17 @@ def _tuples(value: Any) -> Any:  # noqa: ANN401
     return tuple(value) if isinstance(value, list) else value
 
 
-def fit(limits: Limits, scheme: str, layer_type: str, n: int, k: int, group: int) -> Fit:
+def fit(limits: Limits, scheme: str, layer_type: str, n: int, k: int, group: int, *, symmetric: bool = True) -> Fit:
     """Return how one shard [n, k] with quantization groups of `group` along k (0: one a row) runs.
+
+    `symmetric`: the file's codes have no zero points.
 
     A group that spans the shard is one scale a row, which ops take apart from groups.
     """
     limit = limits[scheme, layer_type]
     reason, pieces = _beyond(limit, n, k, group if group < k else 0)
+    if limit.symmetric and not symmetric:
+        reason, pieces = f"{limit.op} takes codes without zero points", 1
     if not reason:
         return Fit(scheme, limit.ops)
     if limit.otherwise == "float":

@@ -35,6 +35,7 @@ _DECODERS = {
     "awq": "framework.formats.awq.decode",
     "gptq": "framework.formats.gptq.decode",
     "auto_round": "framework.formats.auto_round.decode",
+    "compressed_tensors": "framework.formats.compressed_tensors.decode",
     "gguf": "framework.formats.gguf.decode",
     "none": "framework.formats.plain.decode",
 }
@@ -97,8 +98,9 @@ def _detect(index: Index, asked: str) -> tuple[str, str]:
     if not sources:
         return "none", LAYOUTS["none"].detect(index) or ""
     chosen = next((d for d in sources if d.format == asked), sources[0])
-    rivals = [d for d in sources if d.format != chosen.format or (d.format == "modelslim" and d is not chosen)]
-    if rivals and (asked != chosen.format or any(d.format == "modelslim" for d in rivals)):
+    several = [d for d in sources if d.format == chosen.format == "modelslim" and d is not chosen]
+    others = [d for d in sources if d.format != chosen.format and asked != chosen.format]
+    if rivals := several + others:
         raise _conflict(index, chosen, rivals)
     layout = LAYOUTS.get(chosen.format)
     said = layout.detect(index) if layout is not None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,7 @@ def write_quantized(
                 for made, tensor in encode(base, one.scheme, quantize(weight, one.scheme, one.group)).items():
                     writer.put(made, tensor.contiguous().view(torch.uint8).numpy().data)
             else:
-                rows = 1 if len(info.shape) < 2 else info.nbytes // max(info.nbytes // _rows(info.shape), 1)
-                writer.put(name, reader.read(info, 0, rows).data)
+                writer.put(name, reader.read(info, 0, prod(info.shape[:-1])).data)
             done += info.nbytes
             progress(done, index.total_bytes)
         _copy_companions(index, writer.part)
@@ -94,13 +94,6 @@ def _label(name: str, plans: Mapping[str, tuple[PlannedModule, Module]]) -> str:
 
 def _config(index: Index) -> dict[str, Any]:
     return {key: value for key, value in (index.config or {}).items() if key not in DECLARING}
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    rows = 1
-    for extent in shape[:-1]:
-        rows *= extent
-    return rows
 
 
 def _copy_companions(index: Index, output: Path) -> None:

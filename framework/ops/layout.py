@@ -1,8 +1,8 @@
-"""The weight operand of `npu_weight_quant_batchmatmul`, in the layout that its device multiplies fastest."""
+"""Weight-only operands, in the layout that their device multiplies fastest; and operands of many experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,7 +61,24 @@ def weight_operand(
     return torch.cat([ops.npu_convert_weight_to_int4pack(chunk.to(device).int()) for chunk in chunks])
 
 
+def stack_experts(operands: Sequence[Tensor]) -> Tensor:
+    """Return one operand [E, ..] of `npu_grouped_matmul` for the operands of E weights of one shape.
+
+    Those are `weight_operand`'s here, or those of `quant_layout`. If they have forms of their own, the result is a
+    stand-in that carries all of them: only the grouped operators can read it, a view or a copy means nothing.
+    Transposed views stay transposed.
+    """
+    first = operands[0]
+    forms = tuple(form for form in map(packed.private, operands) if form is not None)
+    if len(forms) == len(operands):
+        stand_in = torch.zeros(1).to(first.dtype).expand(len(operands), *first.shape)
+        return packed.carry_experts(stand_in, forms)
+    if first.is_contiguous():
+        return torch.stack(list(operands))
+    return torch.stack([operand.t() for operand in operands]).transpose(1, 2)
+
+
 def held_bytes(operand: Tensor) -> int:
     """Return the bytes of memory behind an operand, in whatever form it is."""
-    form = packed.private(operand)
-    return operand.nbytes if form is None else form.nbytes
+    forms = packed.private_experts(operand) or [packed.private(operand)]
+    return sum(operand.nbytes if form is None else form.nbytes for form in forms)

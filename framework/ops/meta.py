@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework.ops import meta_quant
+from framework.ops import meta_moe, meta_quant
 
 
 def _norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -149,4 +149,5 @@ KERNELS = {
     "atb::_npu_reshape_and_cache": _reshape_and_cache,
     "atb::_npu_paged_attention": _paged_attention,
     **meta_quant.KERNELS,
+    **meta_moe.KERNELS,
 }

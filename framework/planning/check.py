@@ -243,8 +243,7 @@ def _grain(entry: Assigned, limits: Limits) -> tuple[int, int]:
     if entry.scheme == "float" or not entry.module.quantizable:
         return (1, 1)
     limit = limits.get((entry.scheme, entry.module.layer_type))
-    held = entry.held.grain if entry.mode == "offline" else (1, 1)
-    return limit.grain(held) if limit else held
+    return limit.grain(entry.held.grain) if limit else entry.held.grain
 
 
 def _fit(entry: Assigned, limits: Limits, shards: tuple[Rect, ...]) -> Fit | None:
@@ -252,7 +251,11 @@ def _fit(entry: Assigned, limits: Limits, shards: tuple[Rect, ...]) -> Fit | Non
     if (entry.scheme, entry.module.layer_type) not in limits:
         return None  # no row either, which is said by the verdict
     shapes = dict.fromkeys(rect.shape for rect in shards)
-    fits = [fit(limits, entry.scheme, entry.module.layer_type, n, k, entry.held.group) for n, k in shapes]
+    held = entry.held
+    fits = [
+        fit(limits, entry.scheme, entry.module.layer_type, n, k, held.group, symmetric=held.symmetric)
+        for n, k in shapes
+    ]
     return max(fits, key=lambda one: (one.refused, one.scheme == "float", one.pieces))
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from framework.errors import InputError, Problem
-from framework.report.fold import FACTS, place, ranges, shard
-from framework.report.plan import BYTES, MOST, wrapped
-from framework.report.text import columns, heading, size, width
+from framework.report.fold import FACTS, joined, place, ranges
+from framework.report.plan import BYTES, wrapped
+from framework.report.text import columns, heading, size
 
-HEADS = {"recipe": str, "tier": str, "table": str, "format": str, "checkpoint": str, "tp_size": int}
-RANK = dict.fromkeys((*BYTES, "load_peak_bytes", "capacity_bytes"), int)
-MODULE = {"name": str, "scheme": str, "split": str, "shape": list, "shards": list}
+HEADS: dict[str, type] = {"recipe": str, "tier": str, "table": str, "format": str, "checkpoint": str, "tp_size": int}
+RANK: dict[str, type] = dict.fromkeys((*BYTES, "load_peak_bytes", "capacity_bytes"), int)
+MODULE: dict[str, type] = {"name": str, "scheme": str, "split": str, "shape": list, "shards": list}
+_WORDS = {str: "text", int: "whole number", list: "list", dict: "object"}
 _COMPARED = ("format", *FACTS, "experts")
 
 
@@ -41,72 +43,107 @@ def difference(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """
     facts = [(key, was[key], now[key]) for key in HEADS]
     facts += [(f"runtime.{key}", was["runtime"].get(key), value) for key, value in now["runtime"].items()]
+    notes = {
+        "gone": [note for note in was["notes"] if note not in now["notes"]],
+        "new": [note for note in now["notes"] if note not in was["notes"]],
+    }
     found = {
         "facts": {key: [a, b] for key, a, b in facts if a != b},
         "ranks": _ranks(was["ranks"], now["ranks"]),
         "modules": _modules(was["modules"], now["modules"]),
-        "notes": {
-            "gone": [note for note in was["notes"] if note not in now["notes"]],
-            "new": [note for note in now["notes"] if note not in was["notes"]],
-        },
+        "notes": notes,
     }
-    same = not any((found["facts"], found["ranks"], found["modules"], *found["notes"].values()))
+    same = not any((found["facts"], found["ranks"], found["modules"], *notes.values()))
     return {"same": same, **found}
 
 
-def against_text(document: dict[str, Any], now: dict[str, Any], facts: dict[str, Any]) -> str:
-    """Render `difference`. `facts`: against and path, of the two files."""
+def against_text(document: dict[str, Any], now: dict[str, Any], files: tuple[str, str]) -> str:
+    """Render `difference`; `now` is this plan, `files` are the two plan.json."""
     lines = heading("plan", now["recipe"], now["tier"], now["tp_size"], now["format"], "what differs")
-    lines += [f"was       {facts['against']}", f"now       {facts['path']}", ""]
-    lines += wrapped("facts", [f"{key}  {_pair(*pair)}" for key, pair in document["facts"].items()])
-    rows = [
-        [f"rank {rank['rank']}", name.removesuffix("_bytes").replace("_", " "), size(a), "->", size(b), _change(b - a)]
-        for rank in document["ranks"] for name, (a, b) in rank["bytes"].items()
-    ]  # fmt: skip
-    rows += [[f"rank {r['rank']}", r["only"], "", "", "", ""] for r in document["ranks"] if r["only"]]
-    ranks = columns(rows, "llrlrr")
-    lines += ["ranks" + ranks[0][5:], *ranks[1:]] if ranks else []
-    for i, (changes, names) in enumerate(_by_change(document["modules"]).items()):
-        lines += wrapped("" if i else "modules", [", ".join(names)])
-        lines += [f"{'':12}{line}" for change in changes for line in _fitting(change)]
+    lines += [*(f"{name:10}{file}" for name, file in zip(("was", "now"), files, strict=True)), ""]
+    lines += wrapped("facts", (f"{key}  {_was_now(*pair)}" for key, pair in document["facts"].items()))
+    rows = []
+    for rank in document["ranks"]:
+        name = f"rank {rank['rank']}"
+        rows += [[name, rank["only"], "", "", "", ""]] if rank["only"] else []
+        for key, (was, is_now) in rank["bytes"].items():
+            change = f"{'-' if is_now < was else '+'}{size(abs(is_now - was))}"
+            rows.append([name, key.removesuffix("_bytes").replace("_", " "), size(was), "->", size(is_now), change])
+    lines += [f"{'' if i else 'ranks':10}{line}" for i, line in enumerate(columns(rows, "llrlrr", indent=0))]
+    alike: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for module in document["modules"]:
+        changes = tuple(f"{key}  {_was_now(*_shown(key, pair))}" for key, pair in module["changes"].items())
+        alike.setdefault((changes, ranges(module["layers"])), []).append(module["name"].removeprefix("model."))
+    for i, ((changes, layers), names) in enumerate(alike.items()):
+        lines += wrapped("" if i else "modules", [joined(names) + (f"   layers {layers}" if layers else "")])
+        lines += [f"    {line}" for change in changes for line in wrapped("", [change])]
     notes = document["notes"]
-    lines += wrapped("notes", [*(f"gone: {note}" for note in notes["gone"]), *(f"new: {note}" for note in notes["new"])])
+    lines += wrapped("notes", [f"{what}: {note}" for what in ("gone", "new") for note in notes[what]])
     return "\n".join([*lines, *(["no difference"] if document["same"] else [])])
+
+
+def against_markdown(document: dict[str, Any]) -> str:
+    """The same as lists to paste into an issue."""
+    lines = [f"- {key}: {_was_now(*pair)}" for key, pair in document["facts"].items()]
+    for rank in document["ranks"]:
+        pairs = [f"{key} {_was_now(*pair)}" for key, pair in rank["bytes"].items()]
+        lines.append(f"- rank {rank['rank']}: {rank['only'] or ', '.join(pairs)}")
+    for module in document["modules"]:
+        pairs = [f"{key} {_was_now(*_shown(key, pair))}" for key, pair in module["changes"].items()]
+        layers = f" (layers {ranges(module['layers'])})" if module["layers"] else ""
+        lines.append(f"- `{module['name']}`{layers}: {', '.join(pairs)}")
+    lines += [f"- note {what}: {note}" for what in ("gone", "new") for note in document["notes"][what]]
+    return "\n".join(lines or ["no difference"])
+
+
+def _was_now(was: Any, now: Any) -> str:  # noqa: ANN401
+    return " -> ".join("none" if value in (None, "") else str(value) for value in (was, now))
+
+
+def _shown(key: str, pair: list[Any]) -> list[Any]:
+    """Shards as those of the first rank that differs, or as how many there are."""
+    if key != "shards" or None in pair:
+        return pair
+    for rank, rects in enumerate(zip(*pair, strict=False)):
+        if rects[0] != rects[1]:
+            return [f"rank {rank} " * (not i) + "[{}:{}, {}:{}]".format(*rect) for i, rect in enumerate(rects)]
+    return [f"{len(shards)} ranks" for shards in pair]
 
 
 def _fault(data: Any) -> str:  # noqa: ANN401
     """The first thing that a plan has and this has not; empty: none."""
-    if not isinstance(data, dict):
-        return "it is no JSON object"
-    top = HEADS | {"runtime": dict, "ranks": list, "modules": list, "notes": list}
-    checks = [("", data, top)] if _lacks(data, top) else []
-    if not checks:
-        checks = [(f"ranks[{i}].", rank, RANK) for i, rank in enumerate(data["ranks"])]
-        checks += [(f"modules[{i}].", module, MODULE) for i, module in enumerate(data["modules"])]
-    for where, found, keys in checks:
-        if lacking := _lacks(found, keys):
-            return f"{where}{lacking} is not there, or not of type {keys[lacking].__name__}"
-    odd = next((m["name"] for m in data["modules"] if not all(map(_is_rect, m["shards"])) or len(m["shape"]) != 2), "")
-    return f"shape or shards of {odd} are not [N, K] and [n0, n1, k0, k1]" if odd else ""
+
+    def faults() -> Iterator[str]:
+        yield from _lacks("", data, HEADS | {"runtime": dict, "ranks": list, "modules": list, "notes": list})
+        for name, keys in (("ranks", RANK), ("modules", MODULE)):
+            for i, entry in enumerate(data[name]):
+                yield from _lacks(f"{name}[{i}]", entry, keys)
+        for entry in data["modules"]:
+            if not all(isinstance(rect, list) and len(rect) == 4 for rect in entry["shards"]):
+                yield f"the shards of {entry['name']} are not lists of [n0, n1, k0, k1]"
+
+    return next(faults(), "")
 
 
-def _lacks(found: Any, keys: dict[str, type]) -> str:  # noqa: ANN401
+def _lacks(where: str, found: Any, keys: Mapping[str, type]) -> Iterator[str]:  # noqa: ANN401
     if not isinstance(found, dict):
-        return next(iter(keys))
-    return next((key for key, kind in keys.items() if not isinstance(found.get(key), kind)), "")
-
-
-def _is_rect(shard: Any) -> bool:  # noqa: ANN401
-    return isinstance(shard, list) and len(shard) == 4 and all(isinstance(edge, int) for edge in shard)
+        yield f"{where or 'it'} is no JSON object"
+        return
+    for key, kind in keys.items():
+        if not isinstance(found.get(key), kind):
+            yield f"{where}{'.' if where else ''}{key} is not there, or is no {_WORDS[kind]}"
 
 
 def _not_a_plan(path: Path, why: str) -> InputError:
-    problem = Problem("plan-file", "job.against is not a plan", str(path), why, "job.against=RUN/plan.json of a job=plan")
-    return InputError(problem)
+    return InputError(
+        Problem(
+            "plan-file", "job.against is not a plan", str(path), why, "job.against=FOLDER/plan.json of a job=plan run"
+        )
+    )
 
 
 def _ranks(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
     for number in range(max(len(was), len(now))):
         if number >= min(len(was), len(now)):
             found.append({"rank": number, "only": "new" if number < len(now) else "gone", "bytes": {}})

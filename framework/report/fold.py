@@ -72,6 +72,12 @@ def ranges(numbers: Sequence[int], most: int = 3) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+def joined(parts: Iterable[str]) -> str:
+    """Return names with what they share said once: `mlp.gate_proj, up_proj`."""
+    below = groupby(dict.fromkeys(parts), key=lambda part: part.rpartition(".")[0])
+    return ", ".join(", ".join([first, *(part.rpartition(".")[2] for part in more)]) for _, (first, *more) in below)
+
+
 def after(entry: Entry) -> str:
     """What the ranks do together once their parts are computed; empty: nothing, or one rank."""
     if len(entry["shards"]) == 1:
@@ -79,6 +85,12 @@ def after(entry: Entry) -> str:
     if entry["split"] == "vocab":
         return "all-reduce" if entry["module"]["kind"] == "embedding" else "gather"
     return _AFTER.get(entry["split"], "")
+
+
+def split(entry: Entry) -> str:
+    """How it is split, and what the ranks do after it."""
+    then = after(entry)
+    return f"{entry['split']} + {then}" if then else str(entry["split"])
 
 
 def shard(entry: Entry, rank: int = 0) -> str:

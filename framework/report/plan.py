@@ -7,7 +7,20 @@ from itertools import chain, groupby
 from textwrap import wrap
 from typing import Any
 
-from framework.report.fold import FACTS, Entry, Fold, after, fold, held_as, ranges, rank_name, rank_runs, shape, shard
+from framework.report.fold import (
+    FACTS,
+    Entry,
+    Fold,
+    fold,
+    held_as,
+    joined,
+    ranges,
+    rank_name,
+    rank_runs,
+    shape,
+    shard,
+    split,
+)
 from framework.report.text import GIB, columns, count, heading, size, width
 
 MOST = 120
@@ -41,10 +54,11 @@ def wrapped(name: str, texts: Iterable[str]) -> list[str]:
     return [f"{'' if i else name:10}{line}" for i, line in enumerate(lines)]
 
 
-def runs_by(entry: Entry, status: dict[str, str]) -> tuple[str, str, str]:
-    """What a module runs by: its scheme, its row with the row's status, its op."""
-    row = f"{entry['row']}, {status.get(entry['row'], 'status unknown')}" if entry["row"] else "looked up, no product"
-    return entry["scheme"], row, entry["op"] + (f", {entry['pieces']} pieces" if entry["pieces"] > 1 else "")
+def runs_by(entry: Entry, status: dict[str, str]) -> tuple[str, str, str, str]:
+    """What a module runs by: its scheme, its row, the row's status, its op; empty where it has none."""
+    row = entry["row"] or ""
+    op = entry["op"] + (f" in {entry['pieces']} pieces" if entry["pieces"] > 1 else "")
+    return entry["scheme"], row, status[row] if row else "", op
 
 
 def is_weight(entry: Entry) -> bool:
@@ -80,7 +94,7 @@ def _shards(document: dict[str, Any], status: dict[str, str]) -> list[str]:
     """The kinds of modules below what they run by; one table, so that its columns line up."""
     wide = _wide()
     kinds = fold(document["modules"], FACTS if wide else tuple(key for key in FACTS if key not in ("label", "group")))
-    groups: dict[tuple[str, str, str], list[list[str]]] = {}
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
     weights = [kind for kind in kinds if is_weight(kind.entry)]
     for siblings in _siblings(weights):
         groups.setdefault(runs_by(siblings[0].entry, status), []).append(_cells(siblings, wide=wide))
@@ -99,9 +113,10 @@ def _shards(document: dict[str, Any], status: dict[str, str]) -> list[str]:
     return [*lines, f"  {count(small)} norms and parameters, float, whole on every rank"] if small else lines
 
 
-def _title(scheme: str, row: str, op: str) -> list[str]:
-    one = f"  {scheme:<13} {row}" + (f"   {op}" if op else "")
-    return [one] if len(one) <= width(MOST) else [f"  {scheme:<13} {row}", f"{'':16}{op}"]
+def _title(scheme: str, row: str, status: str, op: str) -> list[str]:
+    name = f"  {scheme:<13} {f'{row}, {status}' if row else 'looked up, no product'}"
+    one = f"{name}   {op}".rstrip()
+    return [one] if len(one) <= width(MOST) else [name, f"{'':16}{op}"]
 
 
 def _siblings(kinds: Iterable[Fold]) -> list[list[Fold]]:
@@ -116,15 +131,13 @@ def _siblings(kinds: Iterable[Fold]) -> list[list[Fold]]:
 
 def _cells(siblings: Sequence[Fold], *, wide: bool) -> list[str]:
     kind, entry = siblings[0], siblings[0].entry
-    name = ", ".join([kind.part, *(other.part.rpartition(".")[2] for other in siblings[1:])]).removeprefix("model.")
+    name = joined(sibling.part for sibling in siblings).removeprefix("model.")
     if kind.stack != "model.layers" and kind.stack:
         name = f"{kind.stack}.*.{name}"
     elif not wide:
         name = name.removeprefix("self_attn.").removeprefix("mlp.")
-    then = after(entry)
     held = [held_as(entry)] if wide else []
-    split = f"{entry['split']} + {then}" if then else entry["split"]
-    return [name, ranges(kind.layers), shape(entry), *held, shard(entry), split]
+    return [name, ranges(kind.layers), shape(entry), *held, shard(entry), split(entry)]
 
 
 def _memory(document: dict[str, Any]) -> list[str]:

@@ -5,39 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from fnmatch import translate
 from math import lcm
 from typing import Any
 
 from framework.checkpoint.index import Index
-from framework.errors import InputError, Problem, nearest
+from framework.errors import Problem
 from framework.formats.base import FLOATS, Assumed, Held, TensorSpec
-from framework.formats.compressed_tensors.groups import CODES, FORMAT, PACKED, Declared, Group, declared, find, parse
+from framework.formats.compressed_tensors.assumed import assume
+from framework.formats.compressed_tensors.groups import FORMAT, PACKED, Group, declared, find
+from framework.formats.compressed_tensors.tensors import ROWS_PER_BYTE, has_zeros, paired_tensors, tensors
 from framework.formats.declared import settings
 from framework.formats.names import stem
-from framework.formats.plain.layout import assumed_float, float_tensors, held_float, ignorable_float
+from framework.formats.plain.layout import float_tensors, held_float, ignorable_float
 from framework.geometry import Kind, Module, Role
 
-# Ascend's converter packs two rows of int4 in a byte and keeps the fp32 bits of a scale in 64
-ROWS_PER_BYTE = 2
-SCALE_BITS = ("I64", "U64", "F32")
 SUFFIXES = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
     "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale", "output_scale", "alpha", "bias",
 )  # fmt: skip
 # Schemes that differ in activations alone
 SERVES = {"w8a8_static": ("w8a8_dynamic", "w8a16"), "w8a8_dynamic": ("w8a16",), "w4a8_dynamic": ("w4a16",)}
-GROUP_SIZE = 128
-_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-_STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
-# scheme: bits, activations, format, by group unless asked otherwise; what the tool's presets of these names say
-MADE: dict[str, tuple[int, dict[str, Any] | None, str, bool]] = {
-    "w4a16": (4, None, PACKED, True),
-    "w8a16": (8, None, PACKED, True),
-    "w4a8_dynamic": (4, _TOKEN, CODES, True),
-    "w8a8_dynamic": (8, _TOKEN, CODES, False),
-    "w8a8_static": (8, _STATIC, CODES, False),
-}
 
 # Ways of a module not to be what the config says: code, why, what would work
 FORGOTTEN, UNCOMPRESSED = "quantized in the file, and no group of the config says how", "quantized by the config alone"
@@ -60,7 +47,6 @@ UNLIKE = {
     ),
 }
 
-_Part = tuple[str, tuple[int, ...], tuple[str, ...]]  # role, shape, dtypes
 _CACHE = re.compile(r"\.self_attn\.(?:(?:attn\.)?[qkv]_(?:scale|zero_point)|[kv]_proj\.output_scale)$")
 
 
@@ -131,22 +117,7 @@ class CompressedTensorsLayout:
         Raises:
             InputError: `quant-type-unknown`, a scheme that the tool does not write.
         """
-        rules = [(_regex(str(rule["pattern"])), str(rule["scheme"])) for rule in options.get("layers", ())]
-        given = [*rules, ("Linear", scheme)]
-        groups = {
-            f"group_{i}": {"targets": [target], **_made(asked, options)} for i, (target, asked) in enumerate(given)
-        }
-        formats = {group["format"] for group in groups.values() if group.get("weights")}
-        config = {
-            "quant_method": "compressed-tensors",
-            "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
-            "config_groups": groups,
-            "ignore": [module.name for module in modules if module.role is not Role.NONE and module.quantizable],
-            "quantization_status": "compressed",
-        }
-        parsed = parse(config)
-        made = [entry for module in modules for entry in _assumed(module, parsed)]
-        return Assumed(tuple(made), {}, {"quantization_config": config})
+        return assume(modules, scheme, options)
 
 
 def _group(module: Module, index: Index) -> Group | None:
@@ -176,67 +147,24 @@ def _quantized(module: Module, index: Index, group: Group) -> Held:
     group = replace(group, weights=replace(group.weights, gathered=gathered))
     assert group.weights is not None
     word = 32 // group.weights.bits if packed else 1
-    # with groups by g_idx, or only one, every rank keeps all scales
-    whole_groups = group.weights.group if not gathered and group.weights.group < k else 1
+    step = 1  # with one scale a row, every rank keeps it
+    if 0 < group.weights.group < k:
+        step = k if gathered else group.weights.group
     return Held(
         group.scheme,
         tuple(_as_stored(spec, index) for spec in tensors(module, name, group, packed=packed)),
         group.label,
         group.weights.group,
         SERVES.get(group.scheme, ()),
-        (word if packed and _has_zeros(group) else 1, lcm(word, whole_groups or 1)),
+        (word if packed and has_zeros(group) else 1, lcm(word, step)),
         group.weights.symmetric,
         "clip" if group.clip else "g_idx" if gathered else "",
     )
 
 
-def tensors(module: Module, name: str, group: Group, *, packed: bool) -> tuple[TensorSpec, ...]:
-    """Return the tensors of a module [N, K] of a group, names starting with `name`; roles are the names' ends.
-
-    packed: words int32 [N, ceil(K*bits/32)] and zero points int32 [ceil(N*bits/32), groups]; else int8 codes [N, K]
-    and zero points like the scales, float [N, groups], of one value by tensor.
-    """
-    assert group.weights is not None
-    weights, (n, k) = group.weights, module.shape
-    columns = -(-k // weights.group) if weights.group else 1
-    scale = (1,) if weights.strategy == "tensor" else (n, columns)
-    found: list[_Part] = []
-    if packed:
-        found.append(("weight_packed", (n, -(-k * weights.bits // 32)), ("I32",)))
-        found.append(("weight_shape", (2,), ("I64", "I32")))
-    else:
-        found.append(("weight", (n, k), ("I8",)))
-    found.append(("weight_scale", scale, FLOATS))
-    if _has_zeros(group):
-        words = packed and len(scale) > 1
-        shape = (-(-n * weights.bits // 32), columns) if words else scale
-        found.append(("weight_zero_point", shape, ("I32",) if words else ("I8",)))
-    if weights.gathered:
-        found.append(("weight_g_idx", (k,), ("I32",)))
-    if group.inputs is not None and not group.inputs.dynamic:
-        found.append(("input_scale", (1,), FLOATS))
-        if not group.inputs.symmetric:
-            found.append(("input_zero_point", (1,), ("I8",)))
-    if module.bias:
-        found.append(("bias", (n,), FLOATS))
-    return _specs(module, name, group, found)
-
-
-def _specs(module: Module, name: str, group: Group, found: list[_Part]) -> tuple[TensorSpec, ...]:
-    if group.clip and module.name.endswith(".down_proj"):
-        found = [*found, ("alpha", (1,), ("F32",))]
-    return tuple(TensorSpec(role, f"{name}.{role}", shape, dtypes) for role, shape, dtypes in found)
-
-
 def _paired(module: Module, index: Index, group: Group) -> Held:
     """Ascend's W4A8 layout: [N/2, K] pairs of rows; `bias` compensates the kernel's halves, `alpha` clips inputs."""
-    n, k = module.shape
-    found: list[_Part] = [
-        ("weight", (n // ROWS_PER_BYTE, k), ("I8",)),
-        ("weight_scale", (n, 1), SCALE_BITS),
-        ("bias", (n,), ("F32",)),
-    ]
-    specs = tuple(_as_stored(spec, index) for spec in _specs(module, stem(module, index), group, found))
+    specs = tuple(_as_stored(spec, index) for spec in paired_tensors(module, stem(module, index), group))
     return Held(group.scheme, specs, group.label, grain=(ROWS_PER_BYTE, 1), variant="clip" if group.clip else "paired")
 
 
@@ -253,10 +181,6 @@ def _as_found(module: Module, index: Index) -> Held:
     infos = [info for suffix in SUFFIXES if (info := index.tensors.get(f"{name}.{suffix}"))]
     specs = tuple(TensorSpec(info.name.rpartition(".")[2], info.name, info.shape, (info.dtype,)) for info in infos)
     return Held("float", specs or float_tensors(module, index), label="unreadable")
-
-
-def _has_zeros(group: Group) -> bool:
-    return group.weights is not None and not group.weights.symmetric
 
 
 def _has_codes(module: Module, index: Index) -> bool:
@@ -303,38 +227,3 @@ def _refusal(group: Group, names: list[str], where: str) -> Problem:
 
 def _count(names: list[str]) -> str:
     return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
-
-
-def _assumed(module: Module, parsed: Declared) -> list[tuple[str, str, tuple[int, ...]]]:
-    names = module.names()
-    group: Group | None = parsed.find((names[0],))[0] if module.quantizable and not module.role else None
-    if group is None or group.weights is None:
-        return assumed_float(module)
-    found = (spec for name in names for spec in tensors(module, name, group, packed=group.format == PACKED))
-    return [(spec.name, spec.dtypes[0], spec.shape) for spec in found]
-
-
-def _made(scheme: str, options: dict[str, Any]) -> dict[str, Any]:
-    if scheme == "float":
-        return {"weights": None, "input_activations": None, "format": "dense"}
-    if scheme not in MADE:
-        near = nearest(scheme, MADE)
-        raise InputError(
-            Problem(
-                "quant-type-unknown",
-                f"no compressed-tensors checkpoint of scheme {scheme} is written by its tools",
-                "model.assume",
-                f"schemes: float, {', '.join(MADE)}",
-                f"model.assume.scheme={near[0] if near else 'w8a8_dynamic'}",
-            )
-        )
-    bits, inputs, form, grouped = MADE[scheme]
-    size = options.get("group_size", GROUP_SIZE) if grouped else -1
-    weights = {"num_bits": bits, "type": "int", "symmetric": inputs is not None or options.get("symmetric", True)}
-    by_group = {"strategy": "group", "group_size": size} if size > 0 else {"strategy": "channel", "group_size": None}
-    return {"weights": weights | by_group, "input_activations": inputs, "format": form}
-
-
-def _regex(pattern: str) -> str:
-    """A glob over whole names, or `re:` and an expression, as a target, which need not match to the end."""
-    return f"re:(?:{pattern[3:]})\\Z" if pattern.startswith("re:") else f"re:{translate(pattern)}"

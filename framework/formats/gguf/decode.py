@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from framework.checkpoint.index import Index, TensorInfo
 from framework.checkpoint.reader import Reader
 from framework.formats.gguf.blocks import dequantize, nibbles
 from framework.formats.gguf.fp16 import half
-from framework.formats.gguf.layout import GROUP, PERMUTED, architecture, tensor_name
+from framework.formats.gguf.layout import GROUP, PERMUTED, architecture, stack_place, tensor_name
 from framework.geometry import Kind, Module, Rect
 from framework.quantization.tensor import QuantTensor
 
@@ -37,12 +38,18 @@ def decode(
     rounds). w8a16: Q8_0 as codes with scale d. Codes are int8 [N, K], scales and minima fp32 [N, K/32]:
     groups are the file's blocks of 32, and dequantize() equals gguf.dequantize bit for bit. Columns of a
     packed rectangle are multiples of 32, those of a float one may cut blocks. Rows of q and k are whole
-    heads where the architecture permutes them.
+    heads where the architecture permutes them. Of stacked experts only the rows of the module's own are read.
+    A parameter is its tensor's values [values, 1] in `dtype`.
 
     Raises:
         InputError: `file-truncated`, `file-missing`, `file-unreadable`.
     """
-    info = index.tensors[f"{tensor_name(module, index)}.weight"]
+    if module.kind is Kind.PARAMETER:
+        info, _ = _tensor(module, index, "bias")
+        values = dequantize(info.dtype, torch.from_numpy(reader.read(info, 0, prod(info.shape[:-1])))).flatten()
+        return QuantTensor(values[rect.n0 : rect.n1].unsqueeze(1).to(dtype))
+    info, first = _tensor(module, index, "weight")
+    rect = replace(rect, n0=first + rect.n0, n1=first + rect.n1)
     if module.kind is Kind.NORM:
         values = dequantize(info.dtype, torch.from_numpy(reader.read(info, 0, 1))).flatten()
         if architecture(index) == "gemma3":
@@ -58,9 +65,15 @@ def decode(
 
 def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
     """Return rows n0..n1 of a module's bias in fp32."""
-    info = index.tensors[f"{tensor_name(module, index)}.bias"]
-    values = dequantize(info.dtype, torch.from_numpy(reader.read(info, 0, 1))).flatten()
+    info, first = _tensor(module, index, "bias")
+    values = dequantize(info.dtype, torch.from_numpy(reader.read(info, first, first + 1))).flatten()
     return _order(module, index, values[rect.n0 : rect.n1])
+
+
+def _tensor(module: Module, index: Index, suffix: str) -> tuple[TensorInfo, int]:
+    """Return a module's tensor and the row at which the module begins: experts stand one after another."""
+    info = index.tensors[f"{tensor_name(module, index)}.{suffix}"]
+    return info, stack_place(module, index) * prod(info.shape[1:-1])
 
 
 def _values(info: TensorInfo, rect: Rect, reader: Reader, dtype: torch.dtype) -> Tensor:

@@ -4,34 +4,51 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fnmatch import translate
 from functools import lru_cache
+from math import gcd
 from typing import Any
 
 from framework.checkpoint.index import Index
-from framework.errors import Problem, nearest
+from framework.errors import InputError, Problem, nearest
 from framework.formats.base import FLOATS, Assumed, Held, TensorSpec
-from framework.formats.declared import DESCRIPTION, settings
+from framework.formats.declared import DESCRIPTION
+from framework.formats.modelslim.description import canonical, described, malformed, place
 from framework.formats.modelslim.types import FLOAT, REFUSED, TYPES, QuantType, Tensor, shape_of
 from framework.formats.names import stem
 from framework.formats.plain.layout import assumed_float, held_float, ignorable_float
 from framework.geometry import Kind, Module, Role
 
-GROUP_SIZE = 128  # of a stand-in whose recipe does not say
+OUTER_BLOCK = 512  # input features that share an outer scale of two-level MX
 TYPE_OF = {kind.scheme: name for name, kind in TYPES.items()}
 # The smoothed linear of a module stands under `.linear.`, the factor of its input beside it.
 INNER = ".linear"
 FACTORS = ("div.mul_scale", "mul_scale")
 
-_KV_CACHE = re.compile(r"\.[kv]_proj\.kv_cache_(scale|offset)$")
 _IGNORED = (
-    (_KV_CACHE, "a scale of a quantized KV cache; the cache is kept in float"),
-    (re.compile(r"\.fa_[qkv]\.(scale|offset)$"), "a scale of quantized attention; attention is kept in float"),
+    (re.compile(r"_proj\.kv_cache_(scale|offset)$"), "a scale of a quantized KV cache; the cache is kept in float"),
+    (re.compile(r"\.fa3?_[qkv]\.(scale|offset)$"), "a scale of quantized attention; attention is kept in float"),
     (re.compile(r"\.[qk]_rot$"), "rotates queries and keys alike, which cancels where attention is float"),
     (re.compile(r"norm\.module\.(weight|bias)$"), "the norm's own tensors, written twice"),
 )
-_ROTATIONS = re.compile(r"\.(heads_rotation|kronecker_rotation_[mn])$")
+# Tensors without which the weights beside them mean something else: endings, a part of the name, what and why.
+_FEATURES: tuple[tuple[tuple[str, ...], str, str, str, str], ...] = (
+    ((".heads_rotation", ".kronecker_rotation_m", ".kronecker_rotation_n"), "",
+     "activations are rotated while the model runs", "online rotations are not applied here",
+     "quantize with rotations folded into the weights (offline QuaRot)"),
+    ((".left_trans", ".right_trans", ".clip_ratio"), "", "FlatQuant transforms activations while the model runs",
+     "its transforms are not applied here", "quantize without FlatQuant"),
+    ((".svd_lowrank_l1", ".svd_lowrank_l2"), "", "weights have a low-rank branch", "such branches are not run here",
+     "quantize without the SVD residual"),
+    ((".bias",), ".experts.", "routed experts have biases", "one grouped matmul runs all experts, and adds none",
+     "smooth symmetrically, which shifts no activations"),
+    ((".mul_scale",), ".experts.", "every routed expert scales its own input",
+     "one grouped matmul runs all experts on inputs scaled alike", "fold the smoothing of experts into their weights"),
+    ((".bias", ".mul_scale"), ".kv_b_proj.", "kv_b_proj has a bias or scales its input",
+     "latent attention uses its weight alone", "leave kv_b_proj out of smoothing"),
+)  # fmt: skip
 
 
 class ModelslimLayout:
@@ -41,7 +58,7 @@ class ModelslimLayout:
 
     def detect(self, index: Index) -> str | None:
         """A description says so."""
-        counts = Counter(kind for name, kind in _described(index).items() if name.endswith(".weight") and kind != FLOAT)
+        counts = Counter(kind for name, kind in described(index).items() if name.endswith(".weight") and kind != FLOAT)
         kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
         return f"says {kinds or 'that nothing is quantized'}"
 
@@ -51,7 +68,7 @@ class ModelslimLayout:
             return held_float(module, index)
         name, label = entry(module, index)
         kind = TYPES.get(label)
-        return held_float(module, index) if kind is None else _quantized(module, name, label, kind, index)
+        return _float(module, name, index) if kind is None else _quantized(module, name, label, kind, index)
 
     def stacked(self, module: Module, index: Index) -> bool:
         """Every expert has tensors of its own."""
@@ -68,14 +85,19 @@ class ModelslimLayout:
     def faults(self, modules: Sequence[Module], index: Index) -> list[Problem]:
         """Values that nobody runs, quantized embeddings, entries without tensors, codes without entries."""
         return [*_malformed(index), *_unknown(modules, index), *_embeddings(modules, index),
-                *_unlike(index), *_rotated(index)]  # fmt: skip
+                *_unlike(index), *_stale(modules, index), *_features(index)]  # fmt: skip
 
     def stand_in(self, modules: Sequence[Module], scheme: str, options: dict[str, Any]) -> Assumed:
-        """Return the headers that msModelSlim would write."""
+        """Return the headers that msModelSlim would write.
+
+        Raises:
+            InputError: `format-feature`, a group size that leaves part of a group; `pattern-syntax`.
+        """
+        rules = [(_pattern(str(rule["pattern"])), str(rule["scheme"])) for rule in options.get("layers", ())]
         tensors: list[tuple[str, str, tuple[int, ...]]] = []
         described: dict[str, str] = {"version": "1.0.0", "model_quant_type": TYPE_OF.get(scheme, FLOAT)}
         for module in modules:
-            label = TYPE_OF.get(_asked(module, scheme, options), FLOAT)
+            label = TYPE_OF.get(_asked(module, scheme, rules), FLOAT)
             made = assumed_float(module) if label == FLOAT else list(_assumed(module, TYPES[label], options))
             tensors += made
             described |= {name: FLOAT if name.endswith(".bias") else label for name, _, _ in made}
@@ -84,10 +106,10 @@ class ModelslimLayout:
 
 def entry(module: Module, index: Index) -> tuple[str, str]:
     """Return the name before the suffixes of a linear's tensors, and its value in the description."""
-    name, described = stem(module, index), _described(index)
-    label = described.get(f"{name}.weight")
+    name, entries = stem(module, index), described(index)
+    label = entries.get(f"{name}.weight")
     if label is None:
-        label = described.get(f"{name}{INNER}.weight")
+        label = entries.get(f"{name}{INNER}.weight")
         if label is not None:
             return name + INNER, label
     return name, FLOAT if label is None else label
@@ -106,20 +128,22 @@ def _has_factors(index: Index) -> bool:
     return any(name.endswith(FACTORS[1]) for name in index.tensors)
 
 
-@lru_cache(maxsize=8)
-def _described(index: Index) -> Mapping[str, str]:
-    """The entries of tensors: keys with a dot whose value is a string."""
-    return {name: kind for name, kind in settings(index, "modelslim").items() if isinstance(kind, str) and "." in name}
+def _float(module: Module, name: str, index: Index) -> Held:
+    """A linear that is not quantized; smoothing of the norm before it may have left it a bias."""
+    held = held_float(module, index)
+    if module.bias or f"{name}.bias" not in index.tensors:
+        return held
+    return replace(held, tensors=(*held.tensors, TensorSpec("bias", f"{name}.bias", (module.shape[0],), FLOATS)))
 
 
 def _quantized(module: Module, name: str, label: str, kind: QuantType, index: Index) -> Held:
     n, k = module.shape
-    groups = _groups(name, kind, index)
-    described, tensors = _described(index), index.tensors
+    groups = _groups(name, kind, k, index)
+    entries, tensors = described(index), index.tensors
     specs = [_spec(tensor, name, n, k, groups, index) for tensor in kind.tensors]
     for tensor in kind.optional:
         full = f"{name}.{tensor.suffix}"
-        if full in tensors or full in described:
+        if full in tensors or full in entries:
             specs.append(_spec(tensor, name, n, k, groups, index))
     if module.bias or f"{name}.bias" in tensors:
         specs.append(TensorSpec("bias", f"{name}.bias", (n,), FLOATS))
@@ -127,20 +151,22 @@ def _quantized(module: Module, name: str, label: str, kind: QuantType, index: In
         specs.append(TensorSpec("mul_scale", scaled, (k,), FLOATS))
     group = kind.block or (-(-k // groups) if groups > 1 else 0)
     first = specs[0].shape
-    grain = (2 if first[0] * 2 == n else 1, max(group, 2 if first[1] * 2 == k else 1))
+    columns = OUTER_BLOCK if kind.scheme == "mxfp4_dualscale" else max(group, 2 if first[1] * 2 == k else 1)
+    grain = (2 if first[0] * 2 == n else 1, columns)
     said = f"{label}, groups of {group}" if group and not kind.block else label
     symmetric = kind.scheme not in ("w4a16", "w8a16")
     return Held(kind.scheme, tuple(specs), said, group, kind.serves, grain, symmetric)
 
 
-def _groups(name: str, kind: QuantType, index: Index) -> int:
-    """Scales of a row, as the file has them."""
+def _groups(name: str, kind: QuantType, k: int, index: Index) -> int:
+    """Scales of a row, as the file has them; 1 where groups of K / scales would not be whole."""
     if kind.block:
         return 1
     for suffix in ("weight_scale_second", "weight_scale"):
         info = index.tensors.get(f"{name}.{suffix}")
         if info is not None and len(info.shape) == 2:
-            return max(info.shape[1], 1)
+            groups = info.shape[1]
+            return groups if groups and k % groups == 0 else 1
     return 1
 
 
@@ -162,16 +188,17 @@ def _linears(modules: Sequence[Module]) -> Iterator[Module]:
 
 
 def _malformed(index: Index) -> list[Problem]:
-    """Entries of tensors whose value is no word (keys without a dot are the tool's own notes)."""
-    odd = [name for name, kind in settings(index, "modelslim").items() if "." in name and not isinstance(kind, str)]
+    """Entries of tensors whose value is no word."""
+    odd = malformed(index)
     if not odd:
         return []
+    name, kind = next(iter(odd.items()))
     return [
         Problem(
-            "quant-type-unknown",
-            f"the description gives {odd[0]}{_more(len(odd))} a value that is no quant type",
-            f"{index.root.name}/{DESCRIPTION}",
-            f"it is {settings(index, 'modelslim')[odd[0]]!r:.60}",
+            "file-malformed",
+            f"the description gives {name}{_more(len(odd))} a value that is no quant type",
+            place(index),
+            f"it is {kind!r:.60}",
             "use the description that was written with these weights",
         )
     ]
@@ -179,7 +206,7 @@ def _malformed(index: Index) -> list[Problem]:
 
 def _unknown(modules: Sequence[Module], index: Index) -> list[Problem]:
     found: dict[str, list[str]] = {}
-    strange = set(_described(index).values()) - TYPES.keys() - {FLOAT}
+    strange = set(described(index).values()) - TYPES.keys() - {FLOAT}
     for module in _linears(modules) if strange else ():
         label = entry(module, index)[1]
         if label != FLOAT and label not in TYPES:
@@ -191,8 +218,8 @@ def _unknown(modules: Sequence[Module], index: Index) -> list[Problem]:
         problems.append(
             Problem(
                 "quant-type-unknown",
-                f"quant type {label} of {len(names)} linears cannot be run: {names[0]}{_more(len(names))}",
-                f"{index.root.name}/{DESCRIPTION}",
+                f"quant type {label} of {_linear(len(names))} cannot be run: {names[0]}{_more(len(names))}",
+                place(index),
                 why,
                 f"is {like[0]} meant?" if like and label not in REFUSED else "quantize with a type that is run here",
             )
@@ -203,13 +230,13 @@ def _unknown(modules: Sequence[Module], index: Index) -> list[Problem]:
 def _embeddings(modules: Sequence[Module], index: Index) -> list[Problem]:
     problems = []
     for module in modules:
-        label = _described(index).get(f"{stem(module, index)}.weight", FLOAT)
+        label = described(index).get(f"{stem(module, index)}.weight", FLOAT)
         if module.kind is Kind.EMBEDDING and label != FLOAT:
             problems.append(
                 Problem(
                     "embedding-quantized",
                     f"{module.name} is {label} in the file, embeddings must be float",
-                    f"{index.root.name}/{DESCRIPTION}",
+                    place(index),
                     "rows of an embedding are looked up in float; no op of the tables takes codes",
                     "quantize again with the embedding disabled (disable_names in msmodelslim)",
                 )
@@ -219,12 +246,12 @@ def _embeddings(modules: Sequence[Module], index: Index) -> list[Problem]:
 
 def _unlike(index: Index) -> list[Problem]:
     """Weights whose tensors and description do not speak of the same thing."""
-    described = _described(index)
+    entries, odd = described(index), malformed(index)
     silent, float_held = [], []
     for name, info in index.tensors.items():
-        if not name.endswith(".weight"):
+        if not name.endswith(".weight") or name in odd:
             continue
-        label = described.get(name)
+        label = entries.get(name)
         if info.dtype not in FLOATS and label in (None, FLOAT):
             silent.append((name, "no entry" if label is None else "the entry FLOAT", info.dtype))
         elif info.dtype in FLOATS and label in TYPES:
@@ -232,8 +259,9 @@ def _unlike(index: Index) -> list[Problem]:
     return [
         Problem(
             "description-missing",
-            f"{found[0][0]}{_more(len(found))} have {found[0][1]} in the description and {found[0][2]} weights",
-            f"{index.root.name}/{DESCRIPTION}",
+            f"{found[0][0]}{_more(len(found))} {'has' if len(found) == 1 else 'have'} {found[0][1]} in the description "
+            f"and {found[0][2]} weights",
+            place(index),
             "loaded as the description says, the model would compute with codes as if they were weights",
             "use the description that was written with these weights",
         )
@@ -242,37 +270,69 @@ def _unlike(index: Index) -> list[Problem]:
     ]
 
 
-def _rotated(index: Index) -> list[Problem]:
-    found = [name for name in index.tensors if _ROTATIONS.search(name)]
-    if not found:
-        return []
+def _stale(modules: Sequence[Module], index: Index) -> list[Problem]:
+    """Quantized weights of the description that the file lacks and no module asks for (the ledger has the others)."""
+    entries = described(index)
+    strays = [name for name in entries if name not in index.tensors and name.endswith(".weight")]
+    strays = [name for name in strays if entries[name] != FLOAT]
+    if strays:
+        asked = {f"{module.name}{inner}.weight" for module in _linears(modules) for inner in ("", INNER)}
+        strays = [name for name in strays if canonical(name) not in asked]
     return [
         Problem(
-            "format-feature",
-            f"the file rotates activations while it runs: {found[0]}{_more(len(found))}",
-            index.tensors[found[0]].file.name,
-            "online rotations are not applied here, and without them the weights give garbage",
-            "quantize with rotations folded into the weights (offline QuaRot)",
+            "description-missing",
+            f"the description has an entry for {name}{_more(len(strays))}, the file no tensor and the model no linear",
+            place(index),
+            f"it says {entries[name]}; what is described wrongly here may be wrong elsewhere",
+            "use the description that was written with these weights",
         )
+        for name in strays[:1]
     ]
+
+
+def _features(index: Index) -> list[Problem]:
+    endings = tuple(ending for feature in _FEATURES for ending in feature[0])
+    marked = [name for name in index.tensors if name.endswith(endings)]
+    problems = []
+    for ends, within, what, why, fix in _FEATURES:
+        if found := [name for name in marked if name.endswith(ends) and within in name]:
+            where = index.tensors[found[0]].file.name
+            problems.append(Problem("format-feature", f"{what}: {found[0]}{_more(len(found))}", where, why, fix))
+    return problems
+
+
+def _linear(count: int) -> str:
+    return "1 linear" if count == 1 else f"{count} linears"
 
 
 def _more(count: int) -> str:
     return f" and {count - 1} more" if count > 1 else ""
 
 
-def _asked(module: Module, scheme: str, options: dict[str, Any]) -> str:
+def _asked(module: Module, scheme: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
     """Return the scheme that a stand-in gives a module."""
     if not module.quantizable or module.role is not Role.NONE:
         return "float"
-    rules = options.get("layers", ())
-    return next((str(rule["scheme"]) for rule in rules if fnmatchcase(module.name, rule["pattern"])), scheme)
+    name = module.names()[0]
+    return next((asked for pattern, asked in rules if pattern.fullmatch(name)), scheme)
+
+
+def _pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern))
+    except re.error as error:
+        raise InputError(
+            Problem("pattern-syntax", f"{pattern} is not a regular expression: {error}", "model.assume.layers")
+        ) from error
 
 
 def _assumed(module: Module, kind: QuantType, options: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     n, k = module.shape
     size = int(options.get("group_size") or 0)
-    groups = -(-k // size) if size and size < k else 1
+    grouped = 0 < size < k and any("N G" in tensor.shapes for tensor in kind.tensors + kind.optional)
+    if grouped and k % size:
+        raise _uneven(module, size)
+    groups = k // size if grouped else 1
     second = kind.optional if kind.scheme == "w4a8_dynamic" else ()
     tensors = [*kind.tensors, *(t for t in second if groups > 1 or t.suffix == "scale_bias")]
     shapes = []
@@ -287,3 +347,16 @@ def _assumed(module: Module, kind: QuantType, options: dict[str, Any]) -> Iterat
         shapes.append(("bias", "F32", (n,)))
     for name in module.names():
         yield from ((f"{name}.{suffix}", dtype, shape) for suffix, dtype, shape in shapes)
+
+
+def _uneven(module: Module, size: int) -> InputError:
+    k = module.shape[1]
+    return InputError(
+        Problem(
+            "format-feature",
+            f"groups of {size} do not divide the {k} input features of {module.name}",
+            "model.assume.group_size",
+            "the tool writes whole groups only",
+            f"model.assume.group_size={gcd(k, size)}",
+        )
+    )

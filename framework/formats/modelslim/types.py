@@ -66,10 +66,10 @@ TYPES: dict[str, QuantType] = {
     "W8A8_DYNAMIC": QuantType("w8a8_dynamic", 8, (_INT8, *_GROUPED), serves=("w8a16",)),
     "W4A4_DYNAMIC": QuantType("w4a4_dynamic", 4, (Tensor("weight", ("N K", "N/2 K"), ("I8",)), *_GROUPED)),
     "W4A8_DYNAMIC": QuantType(
-        "w4a8_dynamic", 4, (Tensor("weight", ("N/2 K",), ("I8",)), *_ROW), _SECOND, serves=("w4a16",)
+        "w4a8_dynamic", 4, (Tensor("weight", ("N/2 K", "N K"), ("I8",)), *_ROW), _SECOND, serves=("w4a16",)
     ),
     "W8A16": QuantType("w8a16", 8, (_INT8, *_GROUPED)),
-    "W4A16": QuantType("w4a16", 4, (Tensor("weight", ("N K/2", "N/2 K"), ("I8",)), *_GROUPED)),
+    "W4A16": QuantType("w4a16", 4, (Tensor("weight", ("N K/2", "N/2 K", "N K"), ("I8",)), *_GROUPED)),
     "W8A8_MXFP8": QuantType(
         "mxfp8", 8, (Tensor("weight", ("N K",), ("F8_E4M3",)), _E8M0), element="e4m3", block=32
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ def decode(
     dtype: torch.dtype = torch.float32,
 ) -> QuantTensor:
     """Return a rectangle of a module's weight in `dtype`."""
+    if module.kind is Kind.PARAMETER:
+        return QuantTensor(_values(index.tensors[stem(module, index)], reader).unsqueeze(1))
     info = index.tensors[f"{stem(module, index)}.weight"]
     if module.kind is Kind.NORM:
         return QuantTensor(_vector(info, reader)[rect.n0 : rect.n1].unsqueeze(1))
@@ -43,6 +47,11 @@ def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
     """Return rows n0..n1 of a module's bias in fp32."""
     info = index.tensors[f"{stem(module, index)}.bias"]
     return _vector(info, reader)[rect.n0 : rect.n1]
+
+
+def _values(info: TensorInfo, reader: Reader) -> Tensor:
+    """All values of a tensor of any shape, flattened, in fp32."""
+    return torch.from_numpy(reader.read(info, 0, prod(info.shape[:-1]))).view(TYPES[info.dtype]).flatten().float()
 
 
 def _vector(info: TensorInfo, reader: Reader) -> Tensor:

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from framework.ops.cpu import activation, attention, cache, matmul, mx, norm, paged, quant_matmul, quantize, rotary
+from framework.ops.cpu import (
+    activation,
+    attention,
+    cache,
+    grouped_matmul,
+    matmul,
+    moe_gating,
+    moe_routing,
+    mx,
+    norm,
+    paged,
+    quant_matmul,
+    quantize,
+    rotary,
+    swiglu_quant,
+)
 
 KERNELS = {
     "npu::npu_rms_norm": norm.rms_norm,
@@ -25,6 +40,16 @@ KERNELS = {
     "npu::npu_dynamic_dual_level_mx_quant": mx.dynamic_dual_level_mx_quant,
     "npu::npu_dual_level_quant_matmul": mx.dual_level_quant_matmul,
     "npu::npu_dtype_cast": mx.dtype_cast,
+    "npu::npu_moe_gating_top_k_softmax": moe_gating.gating_top_k_softmax,
+    "npu::npu_moe_gating_top_k": moe_gating.gating_top_k,
+    "npu::npu_moe_init_routing_v2": moe_routing.init_routing_v2,
+    "npu::npu_moe_init_routing": moe_routing.init_routing,
+    "npu::npu_moe_compute_expert_tokens": moe_routing.compute_expert_tokens,
+    "npu::npu_moe_finalize_routing": moe_routing.finalize_routing,
+    "npu::npu_moe_token_unpermute": moe_routing.token_unpermute,
+    "npu::npu_grouped_matmul": grouped_matmul.grouped_matmul,
+    "npu::npu_grouped_matmul_swiglu_quant_v2": swiglu_quant.grouped_matmul_swiglu_quant_v2,
+    "npu::npu_dequant_swiglu_quant": swiglu_quant.dequant_swiglu_quant,
     "npu::npu_fused_infer_attention_score": attention.fused_infer_attention_score,
     "atb::_npu_reshape_and_cache": cache.reshape_and_cache,
     "atb::_npu_paged_attention": paged.paged_attention,

@@ -57,6 +57,17 @@ def carry(operand: Tensor, form: CpuWeight) -> Tensor:
     return operand
 
 
+def private_experts(weight: Tensor) -> tuple[CpuWeight, ...] | None:
+    """Return the forms of all experts that an operand [E, ..] carries, if any."""
+    return getattr(weight, "_cpu_experts", None)
+
+
+def carry_experts(operand: Tensor, forms: tuple[CpuWeight, ...]) -> Tensor:
+    """Attach one form an expert to the operand [E, ..] that stands for them."""
+    operand._cpu_experts = forms  # type: ignore[attr-defined]
+    return operand
+
+
 def takes(n: int, k: int, groups: int) -> bool:
     """Whether torch's int4 kernel multiplies a weight [N, K] in `groups` groups along K."""
     return n % _ROWS_MULTIPLE == 0 and k % groups == 0 and k // groups in _GROUP_SIZES

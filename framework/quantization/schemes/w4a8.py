@@ -78,6 +78,14 @@ def linear(x: Tensor, weight: Operands) -> Tensor:
     return (y * per_token.unsqueeze(1)).to(x.dtype)
 
 
+def _clipped(x: Tensor, counts: Tensor, alpha: Tensor | None) -> Tensor:
+    """Clip each row [K] at its expert's share `alpha` [E] of the row's largest value (activation clip)."""
+    if alpha is None:
+        return x
+    most = alpha.repeat_interleave(counts, output_size=x.shape[0]).to(x.dtype) * x.abs().amax(-1)
+    return torch.minimum(torch.maximum(x, -most.unsqueeze(1)), most.unsqueeze(1))
+
+
 def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Weight int32 [E, K, N/8], scale int64 [E, 1 or K/256, N], correction fp32 [E, N]; other groups as int8 pieces.
 
@@ -86,21 +94,25 @@ def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, devic
     forms = [_symmetric(weight) for weight in weights]
     (n, k), group = forms[0][0].shape, forms[0][2]
     scale = torch.stack([scale.t() for _, scale, _ in forms])
+    inputs = {}
+    if "alpha" in weights[0].whole:
+        inputs["alpha"] = torch.cat([weight.whole["alpha"].float() for weight in weights]).to(device)
     if (group == k or (group % OP_GROUP == 0 and k % OP_GROUP == 0)) and n % 8 == 0:
         repeats = 1 if group == k else group // OP_GROUP
         operand = torch.stack([int4_weight(codes, device) for codes, _, _ in forms])
         operand = ops.npu_format_cast(operand, ops.ACL_FORMAT_FRACTAL_NZ)
         bias = torch.stack([_SHIFT * weight.dequantize().double().sum(1).float() for weight in weights]).to(device)
         scale = as_int64(scale.repeat_interleave(repeats, dim=1).contiguous()).to(device)
-        return Operands(operand, scale, bias=bias, group_size=group, nbytes=held_bytes(operand, scale, bias))
+        nbytes = held_bytes(operand, scale, bias)
+        return Operands(operand, scale, bias=bias, group_size=group, inputs=inputs, nbytes=nbytes)
     operand = expert_weight(weights, device)
     scale = scale.contiguous().to(device)
-    return Operands(operand, scale, nbytes=held_bytes(operand, scale))
+    return Operands(operand, scale, inputs=inputs, nbytes=held_bytes(operand, scale))
 
 
 def grouped(x: Tensor, counts: Tensor, weight: Operands) -> Tensor:
     """[T, K] sorted by expert -> [T, N]."""
-    codes, scale = ops.npu_dynamic_quant(x)
+    codes, scale = ops.npu_dynamic_quant(_clipped(x, counts, weight.inputs.get("alpha")))
     per_token, dtype = scale.flatten(), DTYPE_NUMBERS[x.dtype]
     if weight.group_size:
         return grouped_matmul(
