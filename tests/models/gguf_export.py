@@ -1,10 +1,16 @@
 """Write a transformers model as a GGUF the way llama.cpp's converter does, with gguf's own name map."""
 
+import re
+
 import gguf
 import numpy as np
+import safetensors.torch
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2,
-                 "qwen3": gguf.MODEL_ARCH.QWEN3, "gemma3_text": gguf.MODEL_ARCH.GEMMA3}  # fmt: skip
+                 "qwen3": gguf.MODEL_ARCH.QWEN3, "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+                 "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE, "mixtral": gguf.MODEL_ARCH.LLAMA}  # fmt: skip
+EXPERT = re.compile(r"model\.layers\.(\d+)\..*experts\.(\d+)\.(\w+)\.weight$")
+STACKS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 
 
 def permute(weight, heads):
@@ -40,9 +46,20 @@ def export(model, path):
         writer.add_tensor("rope_freqs.weight", llama3_divisors(full, config.head_dim))
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if hasattr(config, "moe_intermediate_size"):
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    for key, tensor in model.state_dict().items():
+    stacks = {}
+    for key, tensor in safetensors.torch.load_file(path.with_name("model.safetensors")).items():
         value = tensor.float().numpy()
+        if match := EXPERT.match(key):
+            layer, number, kind = match.groups()
+            stacks.setdefault(f"blk.{layer}.ffn_{STACKS[kind]}_exps.weight", {})[int(number)] = value
+            continue
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if name == "llama" and (".q_proj." in key or ".k_proj." in key):
@@ -52,6 +69,8 @@ def export(model, path):
             value = value + 1
         base, _, suffix = key.rpartition(".")
         writer.add_tensor(f"{names.get_name(base)}.{suffix}", np.ascontiguousarray(value))
+    for stack, parts in stacks.items():
+        writer.add_tensor(stack, np.stack([parts[number] for number in range(experts)]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -20,6 +20,14 @@ LLAMA3 = dict(
 )  # fmt: skip
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
 LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
+MOE = dict(num_experts_per_tok=2)
+MLA = dict(
+    num_key_value_heads=6, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=20,
+    n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=48, n_shared_experts=2, first_k_dense_replace=1,
+    head_dim=8,
+)  # fmt: skip
+DEEPSEEK_YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64, mscale=1.0,
+                     mscale_all_dim=1.0, beta_fast=32, beta_slow=1)  # fmt: skip
 FAMILIES = {
     "llama": ("Llama", {}),
     "llama-tied-bias": ("Llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
@@ -31,13 +39,22 @@ FAMILIES = {
     "qwen2-sliding": ("Qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
     "qwen3": ("Qwen3", {}),
     "qwen3-odd-heads": ("Qwen3", dict(num_attention_heads=5, num_key_value_heads=1, head_dim=24)),
+    "qwen3-moe": ("Qwen3Moe", MOE | dict(num_experts=6, moe_intermediate_size=48, norm_topk_prob=True)),
+    "qwen3-moe-dense-layers": ("Qwen3Moe", MOE | dict(num_experts=6, moe_intermediate_size=48, mlp_only_layers=[1],
+                                                      norm_topk_prob=False)),
+    "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "deepseek-v2-lite": ("DeepseekV2", MLA | dict(q_lora_rank=None, topk_method="greedy")),
+    "deepseek-v2-grouped": ("DeepseekV2", MLA | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2,
+                                                     routed_scaling_factor=2.0)),
+    "deepseek-v3": ("DeepseekV3", MLA | dict(n_group=4, topk_group=2, routed_scaling_factor=2.5)),
+    "deepseek-v3-yarn": ("DeepseekV3", MLA | dict(n_group=4, topk_group=2, rope_parameters=DEEPSEEK_YARN)),
     "gemma3": ("Gemma3Text", dict(sliding_window=8, query_pre_attn_scalar=24, layer_types=[
         "sliding_attention", "full_attention", "sliding_attention"])),
     "gemma3-pattern": ("Gemma3Text", dict(num_hidden_layers=7, sliding_window=8, query_pre_attn_scalar=16)),
 }  # fmt: skip
 # what a converter writes for these is all that they are
 AS_GGUF = ("llama", "llama-llama3-rope", "llama-linear-rope", "llama-yarn-rope", "mistral-sliding", "qwen2-bias",
-           "qwen3", "qwen3-odd-heads", "gemma3-pattern")  # fmt: skip
+           "qwen3", "qwen3-odd-heads", "gemma3-pattern", "qwen3-moe", "mixtral")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +73,9 @@ def checkpoints(tmp_path_factory):
                     parameter.normal_(0, 0.08) if parameter.dim() > 1 else parameter.add_(
                         0.1 * torch.randn_like(parameter)
                     )
+                for buffer_name, buffer in model.named_buffers():
+                    if buffer_name.endswith("e_score_correction_bias"):
+                        buffer.normal_(0, 0.1)
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
             ids = torch.randint(2, 160, (1, 40))
