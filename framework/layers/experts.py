@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from framework import ops
@@ -51,14 +52,24 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The MLP of a layer with experts: a weighted sum of the chosen ones, and shared ones that every token passes."""
+    """The MLP of a layer with experts: a weighted sum of the chosen ones, and shared ones that every token passes.
+
+    `held`: the half-open range of experts that this rank holds; the ranks' sums are added.
+    """
 
     def __init__(
-        self, router: Router, gate_up: ParallelLinear, down: ParallelLinear, shared: GatedMLP | None, moe: Moe
+        self,
+        router: Router,
+        gate_up: ParallelLinear,
+        down: ParallelLinear,
+        shared: GatedMLP | None,
+        moe: Moe,
+        held: tuple[int, int],
     ) -> None:
         super().__init__()
         self.router, self.gate_up, self.down, self.shared_experts = router, gate_up, down, shared
-        self.experts, self.top_k = moe.experts, moe.top_k
+        self.experts, self.top_k, self.held = moe.experts, moe.top_k, held
+        self.holds_all = held == (0, moe.experts)
         find_submodules_directly(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,10 +82,16 @@ class Experts(nn.Module):
             expert_num=self.experts,
             expert_tokens_num_type=COUNTS,
             expert_tokens_num_flag=True,
-            active_expert_range=[0, self.experts],
+            active_expert_range=list(self.held),
             quant_mode=-1,
         )
         hidden = ops.npu_swiglu(self.gate_up.multiply(rows, counts))
         product = self.down.multiply(self.down.spread(hidden), counts)
-        y = self.down.join(ops.npu_moe_token_unpermute(product, places.abs(), weights.to(product.dtype)))
+        if not self.holds_all:
+            # rows of experts that other ranks hold come last, and hold anything
+            beyond = torch.arange(product.shape[0], device=product.device) >= counts.sum()
+            product = product.masked_fill(beyond.unsqueeze(1), 0)
+            weights = weights.masked_fill(places.view_as(weights) < 0, 0)
+            places = places.clamp(min=0)
+        y = self.down.join(ops.npu_moe_token_unpermute(product, places, weights.to(product.dtype)))
         return y if self.shared_experts is None else y + self.shared_experts(x)

@@ -51,7 +51,7 @@ class ParallelLinear(nn.Module):
         self.split = split
         self.group = group
         self.in_sizes, self.out_sizes = in_sizes, out_sizes
-        self.reduces = split is Split.ROW and group.size > 1
+        self.reduces = split in (Split.ROW, Split.EXPERT) and group.size > 1
         self.gathers = split is Split.ROWS_GATHER and group.size > 1
         self.apply_first = self.parts[0].apply if len(self.parts) == 1 else None
 

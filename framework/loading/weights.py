@@ -46,7 +46,7 @@ class RankWeights:
         self.progress = progress
         self.prepared_bytes = 0
         self._embeddings: dict[str, Tensor] = {}
-        self._total = sum(m.shards[group.rank].size * m.module.count for m in plan.modules)
+        self._total = sum(m.shards[group.rank].size * m.linears_on(group.rank) for m in plan.modules)
         self._done = 0
 
     def linear(self, *names: str) -> ParallelLinear:
@@ -76,7 +76,8 @@ class RankWeights:
     def experts(self, *names: str) -> ParallelLinear:
         """Return the grouped layer of one projection of all experts, or of several over one input."""
         planned = [self.planned[name] for name in names]
-        decoded = [(p.scheme, [self._decode(p, e) for e in range(p.module.experts)]) for p in planned]
+        held = planned[0].experts_on(self.group.rank)
+        decoded = [(p.scheme, [self._decode(p, e) for e in held]) for p in planned]
         layer = ParallelLinear(
             [self._prepare_experts(scheme, weights) for scheme, weights in _fused_experts(decoded)],
             None,
@@ -89,6 +90,11 @@ class RankWeights:
         )
         self.prepared_bytes += layer.nbytes
         return layer
+
+    def expert_range(self, name: str) -> tuple[int, int]:
+        """Return the half-open range of experts that this rank holds."""
+        held = self.planned[name].experts_on(self.group.rank)
+        return held.start, held.stop
 
     def matrix(self, name: str) -> Tensor:
         """Return this rank's part of a linear as a plain weight [N, K] in the model's dtype."""

@@ -35,6 +35,10 @@ class Weights(Protocol):
         """Return the layer of one projection of all experts, or of several over the same input."""
         ...
 
+    def expert_range(self, name: str) -> tuple[int, int]:
+        """Return the half-open range of experts that this rank holds."""
+        ...
+
     def matrix(self, name: str) -> Tensor:
         """Return this rank's part of a linear as a plain weight [N, K]."""
         ...
@@ -157,6 +161,7 @@ def _experts(spec: DecoderSpec, i: int, weights: Weights) -> Experts:
         weights.experts(f"{mlp}.experts.*.down_proj"),
         _mlp(spec, f"{mlp}.shared_experts", weights) if moe.shared_intermediate else None,
         moe,
+        weights.expert_range(f"{mlp}.experts.*.down_proj"),
     )
 
 

@@ -19,7 +19,7 @@ from framework.geometry import Rect, Split
 from framework.planning.assign import Assigned, Part, Rule, assign
 from framework.planning.demands import demands
 from framework.planning.parts import Described, describe_model
-from framework.planning.shard import Cuts, cut, place
+from framework.planning.shard import Cuts, cut, deal_experts, place
 from framework.recipe.schema import Recipe
 
 _MAX_SIZES = 64  # tensor-parallel sizes that are tried to name those that split
@@ -56,6 +56,7 @@ class Placed:
     split: Split
     shards: tuple[Rect, ...]
     fit: Fit | None
+    expert_ranges: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,8 @@ def _place_all(
     recipe: Recipe, limits: Limits, model: Described, assigned: list[Assigned], row_of: dict[str, str]
 ) -> tuple[list[Placed], dict[str, Cuts], list[Problem], list[str]]:
     tp_size = recipe.parallel.tp_size
+    # sizes that do not go together are refused by `demands`
+    ep_size = recipe.parallel.ep_size if tp_size % recipe.parallel.ep_size == 0 else 1
     where = f"parallel.tp_size={tp_size}  ({recipe.origins.get('parallel.tp_size', 'default')})"
     placed: list[Placed] = []
     all_cuts: dict[str, Cuts] = {}
@@ -220,7 +223,7 @@ def _place_all(
         entries = list(group)
         grains = {entry.module.name: _grain(entry, limits) for entry in entries}
         heads = (model.decoder.heads, model.decoder.kv_heads) if model.decoder else None
-        cuts = cut(part.modules, grains, tp_size, heads)
+        cuts = cut(part.modules, grains, tp_size, heads, ep_size)
         if isinstance(cuts, Problem):
             problems.append(replace(cuts, where=where))
             continue
@@ -232,7 +235,11 @@ def _place_all(
                 uncut.append(entry)
                 continue
             made = _fit(entry, limits, at[1]) if entry.module.quantizable and entry.scheme != "float" else None
-            placed.append(Placed(entry, row_of.get(entry.name), *at, made))
+            split, shards = at
+            ranges: tuple[tuple[int, int], ...] = ()
+            if entry.module.experts and ep_size > 1:
+                split, ranges = Split.EXPERT, deal_experts(entry.module.experts, tp_size, ep_size)
+            placed.append(Placed(entry, row_of.get(entry.name), split, shards, made, ranges))
         if uncut:
             problems.append(_unaligned(uncut, grains, heads, part, where))
     return placed, all_cuts, problems + _refused(placed), _fit_notes(placed)

@@ -8,8 +8,8 @@ from framework.recipe.schema import Recipe
 
 
 def demands(recipe: Recipe, model: Described) -> list[Problem]:
-    """Problems: `dtype-device`, `context`, `parallel-unused`."""
-    return [*_dtype(recipe), *_context(recipe, model), *_parallel(recipe)]
+    """Problems: `dtype-device`, `context`, `ep-size`, `parallel-unused`."""
+    return [*_dtype(recipe), *_context(recipe, model), *_experts(recipe, model), *_parallel(recipe)]
 
 
 def _dtype(recipe: Recipe) -> list[Problem]:
@@ -41,6 +41,35 @@ def _context(recipe: Recipe, model: Described) -> list[Problem]:
     ]
 
 
+def _experts(recipe: Recipe, model: Described) -> list[Problem]:
+    ep_size, tp_size = recipe.parallel.ep_size, recipe.parallel.tp_size
+    if ep_size == 1:
+        return []
+    moe = model.decoder.moe if model.decoder else None
+    where = recipe.origins.get("parallel.ep_size", "parallel.ep_size")
+    if moe is None:
+        return [
+            Problem(
+                "parallel-unused",
+                "parallel.ep_size deals experts to ranks, this model has none",
+                where,
+                fix="parallel.ep_size=1",
+            )
+        ]
+    if tp_size % ep_size == 0 and ep_size <= moe.experts:
+        return []
+    sizes = [size for size in range(1, tp_size + 1) if tp_size % size == 0 and size <= moe.experts]
+    return [
+        Problem(
+            "ep-size",
+            f"{moe.experts} experts cannot be dealt to {ep_size} groups of {tp_size} ranks",
+            where,
+            "the ranks of parallel.tp_size are divided into equal groups, each with its own experts",
+            f"parallel.ep_size={' or '.join(map(str, sizes))}   or   parallel.tp_size={ep_size}",
+        )
+    ]
+
+
 def _parallel(recipe: Recipe) -> list[Problem]:
     return [
         Problem(
@@ -50,6 +79,6 @@ def _parallel(recipe: Recipe) -> list[Problem]:
             "models are split by tensor parallelism alone",
             f"parallel.{name}=1",
         )
-        for name in ("ep_size", "cfg_size", "ulysses_size", "data_size")
+        for name in ("cfg_size", "ulysses_size", "data_size")
         if getattr(recipe.parallel, name) != 1
     ]

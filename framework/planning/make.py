@@ -94,6 +94,7 @@ def _planned(placed: Placed, limits: Limits) -> PlannedModule:
         mode=entry.mode,
         op=fit.op if fit else limits["float", module.layer_type].ops if module.quantizable else "",
         pieces=fit.pieces if fit else 1,
+        expert_ranges=placed.expert_ranges,
     )
 
 

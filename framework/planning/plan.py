@@ -22,6 +22,7 @@ class PlannedModule:
         label: the file's own word for how it is held.
         group: input features that share a scale in the file; 0: all of a row.
         mode: `online` if it is quantized at load.
+        expert_ranges: half-open range of experts that each rank holds; empty: all of them, or none to hold.
         op: the calls that run it; `pieces` of them whose results are joined or added.
     """
 
@@ -37,6 +38,15 @@ class PlannedModule:
     mode: str = "offline"
     op: str = ""
     pieces: int = 1
+    expert_ranges: tuple[tuple[int, int], ...] = ()
+
+    def experts_on(self, rank: int) -> range:
+        """Return the experts whose parts a rank holds."""
+        return range(*self.expert_ranges[rank]) if self.expert_ranges else range(self.module.experts)
+
+    def linears_on(self, rank: int) -> int:
+        """Linears that a rank holds parts of: one, or one an expert."""
+        return len(self.experts_on(rank)) if self.module.experts else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +168,7 @@ def _module_json(planned: PlannedModule) -> dict[str, Any]:
         "mode": planned.mode,
         "op": planned.op,
         "pieces": planned.pieces,
+        "expert_ranges": [list(share) for share in planned.expert_ranges],
         "module": _described(module),
     }
 
@@ -194,4 +205,11 @@ def _module_from(data: dict[str, Any]) -> PlannedModule:
     )
     same = ("name", "format", "scheme", "row", "label", "group", "mode", "op", "pieces")
     shards = tuple(Rect(*rect) for rect in data["shards"])
-    return PlannedModule(module=module, split=Split(data["split"]), shards=shards, **{key: data[key] for key in same})
+    ranges = tuple(tuple(share) for share in data["expert_ranges"])
+    return PlannedModule(
+        expert_ranges=ranges,
+        module=module,
+        split=Split(data["split"]),
+        shards=shards,
+        **{key: data[key] for key in same},
+    )

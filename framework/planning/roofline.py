@@ -26,7 +26,7 @@ def roofline(plan: Plan, hardware: Hardware) -> dict[str, Any]:
         touched.append(
             round(
                 sum(
-                    planned.shards[rank].size * planned.module.count * share
+                    planned.shards[rank].size * planned.linears_on(rank) * share
                     for planned, share in zip(plan.modules, shares, strict=True)
                 )
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import gcd, lcm
 
 from framework.errors import Problem
-from framework.geometry import HeadShare, Module, Rect, Split
+from framework.geometry import HeadShare, Kind, Module, Rect, Split
 
 
 def deal(count: int, ranks: int) -> list[tuple[int, int]]:
@@ -55,10 +55,15 @@ class Cuts:
 
 
 def cut(
-    modules: Iterable[Module], grains: Mapping[str, tuple[int, int]], tp_size: int, heads: tuple[int, int] | None = None
+    modules: Iterable[Module],
+    grains: Mapping[str, tuple[int, int]],
+    tp_size: int,
+    heads: tuple[int, int] | None = None,
+    ep_size: int = 1,
 ) -> Cuts | Problem:
     """Deal all axes, respecting each module's grain (rows, columns), or say why it is impossible.
 
+    With `ep_size` groups of ranks that hold different experts, each expert is dealt to the ranks of one group.
     `heads` are the query and KV heads of a decoder, whose axes `q_heads` and `kv_heads` are dealt by whole KV groups.
     """
     axes: dict[str, list[tuple[int, int]]] = {}
@@ -77,9 +82,12 @@ def cut(
     lengths: dict[str, int] = {}
     row_steps: dict[str, int] = {"vocab": VOCAB_GRAIN}
     column_steps: dict[str, int] = {}
+    of_experts: set[str] = set()
     for module in modules:
         if not module.axis or module.axis in axes:
             continue
+        if module.kind is Kind.EXPERTS:
+            of_experts.add(module.axis)
         by_rows = module.split in (Split.COLUMN, Split.VOCAB)
         lengths[module.axis] = module.shape[0 if by_rows else 1] // module.unit
         grain = grains.get(module.name, (1, 1))[0 if by_rows else 1]
@@ -87,17 +95,18 @@ def cut(
         steps[module.axis] = lcm(steps.get(module.axis, 1), grain // gcd(grain, module.unit))
     for axis, length in lengths.items():
         # too few whole groups for every rank: cut anywhere, and let `place` keep the rows of the row-split modules
+        ranks = tp_size // ep_size if axis in of_experts else tp_size
         wishes = (lcm(row_steps.get(axis, 1), column_steps.get(axis, 1)), row_steps.get(axis, 1), 1)
-        step = next((wish for wish in wishes if -(-length // wish) >= tp_size), 0)
+        step = next((wish for wish in wishes if -(-length // wish) >= ranks), 0)
         if not step:
             return Problem(
                 "tp-size",
-                f"{length} {axis} features cannot be split over {tp_size} ranks",
+                f"{length} {axis} features cannot be split over {ranks} ranks",
                 "parallel.tp_size",
                 "every rank needs at least one",
                 f"parallel.tp_size={length}",
             )
-        axes[axis] = deal_axis(length, tp_size, step)
+        axes[axis] = deal_axis(length, ranks, step) * (tp_size // ranks)
     return Cuts(axes, shares)
 
 
@@ -114,6 +123,8 @@ def place(module: Module, cuts: Cuts, grain: tuple[int, int], tp_size: int) -> t
     if module.split is Split.ROW:
         if _aligned(ranges, grain[1], k):
             return Split.ROW, tuple(Rect(0, n, a, b) for a, b in ranges)
+        if len(set(ranges)) < tp_size:
+            return None  # the ranks of an expert's group cannot gather among themselves
         step = lcm(VOCAB_GRAIN, grain[0])
         step = next((wish for wish in (step, grain[0]) if -(-n // wish) >= tp_size), 0)
         return (Split.ROWS_GATHER, tuple(Rect(a, b, 0, k) for a, b in deal_axis(n, tp_size, step))) if step else None
@@ -124,3 +135,9 @@ def place(module: Module, cuts: Cuts, grain: tuple[int, int], tp_size: int) -> t
 
 def _aligned(ranges: list[tuple[int, int]], grain: int, end: int) -> bool:
     return all(a % grain == 0 and (b % grain == 0 or b == end) for a, b in ranges)
+
+
+def deal_experts(experts: int, tp_size: int, ep_size: int) -> tuple[tuple[int, int], ...]:
+    """Return each rank's half-open range of experts: neighbouring ranks share a group."""
+    per_group = tp_size // ep_size
+    return tuple(share for share in deal(experts, ep_size) for _ in range(per_group))

@@ -143,7 +143,7 @@ class Parallel:
     tp_size: int = field(default=1, metadata={"minimum": 1})
     """Tensor-parallel ranks."""
     ep_size: int = field(default=1, metadata={"minimum": 1})
-    """Expert-parallel ranks."""
+    """Groups of the tensor-parallel ranks that hold different experts; divides tp_size."""
     cfg_size: int = field(default=1, metadata={"minimum": 1, "maximum": 2})
     """Diffusion: ranks that share the two guidance branches."""
     ulysses_size: int = field(default=1, metadata={"minimum": 1})

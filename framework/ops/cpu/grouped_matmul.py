@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from framework.ops import packing
-from framework.ops.cpu import matmul, mx, packed
-from framework.ops.cpu.quant_matmul import int4_codes, int8_product
+from framework.ops.cpu import packed
+from framework.ops.cpu.expert_products import FLOATS, Call, plan
 from framework.ops.dtypes import FLOAT4_E2M1FN_X2, FLOAT8_E8M0FNU, canonical
-from framework.ops.linear import linear
 from framework.ops.meta_moe import grouped_features
 
 _CUMULATIVE, _COUNTS, _PAIRS = range(3)
 _ONE_OUTPUT = (2, 3)
 _BY_ROWS = 0
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_OUTPUTS = (*_FLOATS, torch.int32)
-_SHIFT = 8
+_OUTPUTS = (*FLOATS, torch.int32)
 
 Group = tuple[int, int, int]  # an expert with rows, their first and their end
-# Rows of one expert and its index -> its product.
-_Product = Callable[[Tensor, int], Tensor]
 
 
 def grouped_matmul(
@@ -114,7 +107,7 @@ def grouped_matmul(
     def by_expert(values: Sequence[Tensor] | None) -> Tensor | Sequence[Tensor] | None:
         return (values[0] if stacked else values) if values else None
 
-    call = _Call(
+    call = Call(
         x=x[0],
         weight=weight[0] if stacked else weight,
         forms=packed.private_experts(weight[0]) if stacked else tuple(map(packed.private, weight)),
@@ -123,7 +116,7 @@ def grouped_matmul(
         scale=by_expert(scale or antiquant_scale),
         offset=by_expert(antiquant_offset),
         token_scale=per_token_scale[0] if per_token_scale else None,
-        is_weight_only=bool(antiquant_scale) and x[0].dtype in _FLOATS,
+        is_weight_only=bool(antiquant_scale) and x[0].dtype in FLOATS,
         fp4=(_is_fp4(x_dtype), _is_fp4(weight_dtype)),
     )
     return [_run(call, groups(group_list, group_list_type or _CUMULATIVE, x[0].shape[0]))]
@@ -155,162 +148,21 @@ def groups(group_list: Tensor, kind: int, rows: int) -> list[Group]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """The operands; those of the weights are indexed by expert."""
-
-    x: Tensor
-    weight: Tensor | Sequence[Tensor]
-    forms: Sequence[packed.CpuWeight | None] | None
-    output: torch.dtype
-    bias: Tensor | Sequence[Tensor] | None
-    scale: Tensor | Sequence[Tensor] | None
-    offset: Tensor | Sequence[Tensor] | None
-    token_scale: Tensor | None
-    is_weight_only: bool
-    fp4: tuple[bool, bool]  # x, weight
-
-    def form(self, expert: int) -> packed.CpuWeight | None:
-        """The CPU's own form of one weight."""
-        return None if self.forms is None else self.forms[expert]
-
-    def scale_of(self, expert: int) -> Tensor:
-        """The fp32 scale of one weight: int64 words hold its bits."""
-        if self.scale is None:
-            raise ValueError(f"npu_grouped_matmul: {self.x.dtype} by {self.weight[0].dtype} needs a scale")
-        scale = self.scale[expert]
-        return scale.to(torch.int32).view(torch.float32) if scale.dtype is torch.int64 else scale.float()
-
-
-class _Plan(NamedTuple):
-    """Rows as `product` takes them, and what is applied to all products: first the scale, then the bias."""
-
-    rows: Tensor
-    product: _Product
-    token_scale: Tensor | None = None
-    bias: Tensor | Sequence[Tensor] | None = None
-
-
-def _run(call: _Call, found: list[Group]) -> Tensor:
-    plan = _plan(call)
-    total, end = plan.rows.shape[0], found[-1][2] if found else 0
-    products = [plan.product(plan.rows[first:last], expert) for expert, first, last in found]
+def _run(call: Call, found: list[Group]) -> Tensor:
+    chosen = plan(call)
+    total, end = chosen.rows.shape[0], found[-1][2] if found else 0
+    products = [chosen.product(chosen.rows[first:last], expert) for expert, first, last in found]
     if not found:
         return torch.zeros((total, grouped_features(call.x, call.weight[0])), dtype=call.output)
     if end < total:
         products.append(products[0].new_zeros((total - end, products[0].shape[1])))
     y = torch.cat(products) if len(products) > 1 else products[0]
-    if plan.token_scale is not None:
-        y.mul_(plan.token_scale.reshape(-1, 1))
-    if plan.bias is not None:
+    if chosen.token_scale is not None:
+        y.mul_(chosen.token_scale.reshape(-1, 1))
+    if chosen.bias is not None:
         for expert, first, last in found:
-            y[first:last] += plan.bias[expert]
+            y[first:last] += chosen.bias[expert]
     return y.to(call.output)
-
-
-def _plan(call: _Call) -> _Plan:
-    """Choose the arithmetic by the operands' dtypes."""
-    if call.x.dtype in _FLOATS:
-        return _Plan(call.x, _weight_only(call) if call.is_weight_only else _float(call), bias=call.bias)
-    if call.x.dtype is torch.int8 and call.weight[0].dtype is torch.int32:
-        return _Plan(call.x, _int8_by_int4(call), call.token_scale)
-    if call.x.dtype in (torch.int8, torch.int32):
-        return _integers(call)
-    return _mx(call)
-
-
-def _float(call: _Call) -> _Product:
-    def product(rows: Tensor, expert: int) -> Tensor:
-        weight = call.weight[expert].t()
-        return linear(rows, weight) if call.bias is None else linear(rows.float(), weight.float())
-
-    return product
-
-
-def _weight_only(call: _Call) -> _Product:
-    dtype, k = call.x.dtype, call.x.shape[1]
-
-    def product(rows: Tensor, expert: int) -> Tensor:
-        form = call.form(expert)
-        if form is not None:
-            y = packed.multiply(rows, form)
-        else:
-            assert call.scale is not None
-            scale, offset = call.scale[expert], None if call.offset is None else call.offset[expert]
-            group_size = k // scale.shape[0] if scale.dim() == 2 else k
-            dense = matmul.dequantize(call.weight[expert], scale, offset, group_size, k, dtype).t()
-            y = linear(rows, dense) if call.bias is None else linear(rows.float(), dense.float())
-        return y if call.bias is None else y.float()
-
-    return product
-
-
-def _integers(call: _Call) -> _Plan:
-    """int8 by int8, int4 by int4."""
-    rows = packing.unpack_int4(call.x) if call.x.dtype is torch.int32 else call.x
-    is_raw = call.output is torch.int32
-    added = call.bias if call.bias is not None and call.bias[0].dtype is torch.int32 else None
-
-    def product(rows: Tensor, expert: int) -> Tensor:
-        total = int8_product(rows, _codes(call, expert, rows.shape[1]))
-        if added is not None:
-            total += added[expert]
-        return total if is_raw else total * call.scale_of(expert)
-
-    if is_raw:
-        return _Plan(rows, product)
-    return _Plan(rows, product, call.token_scale, None if added is not None else call.bias)
-
-
-def _int8_by_int4(call: _Call) -> _Product:
-    """Sums of x @ (weight * scale) and the bias less 8 * sum over K of weight * scale.
-
-    Hardware multiplies x - 8 in halves of four bits, which the bias restores. One more row of ones makes that sum.
-    """
-    bias = call.bias
-    if bias is None:
-        raise ValueError("npu_grouped_matmul: int8 by int4 needs a bias, 8 * the sum of weight * scale over K")
-
-    def product(rows: Tensor, expert: int) -> Tensor:
-        count, k = rows.shape
-        rows = torch.cat((rows, rows.new_ones((1, k))))
-        codes, scale = _codes(call, expert, k), call.scale_of(expert)
-        scale = scale.view(-1, scale.shape[-1])
-        parts = zip(rows.chunk(scale.shape[0], 1), codes.chunk(scale.shape[0]), scale, strict=True)
-        y = torch.zeros((), dtype=torch.float32)
-        for x, weight, factor in parts:
-            y = y + int8_product(x.contiguous(), weight) * factor
-        return y[:count] + (bias[expert] - _SHIFT * y[count])
-
-    return product
-
-
-def _codes(call: _Call, expert: int, k: int) -> Tensor:
-    """int8 codes [K, N] of one weight."""
-    form, weight = call.form(expert), call.weight[expert]
-    if form is not None:
-        return form.codes.t()
-    return weight if weight.dtype is torch.int8 else int4_codes(weight, k)
-
-
-def _mx(call: _Call) -> _Plan:
-    if call.token_scale is None or call.scale is None:
-        raise ValueError(f"npu_grouped_matmul: {call.x.dtype} needs scales of both operands")
-    element, weight_element = (
-        mx.ELEMENTS["e2m1"] if fp4 else mx.ELEMENT_OF_DTYPE[codes.dtype]
-        for fp4, codes in zip(call.fp4, (call.x, call.weight[0]), strict=True)
-    )
-    values = mx.Operand(call.x, call.token_scale, element).values()
-    output = call.output if call.bias is None else torch.float32
-
-    def product(rows: Tensor, expert: int) -> Tensor:
-        assert call.scale is not None
-        weight, scale = call.weight[expert].t(), call.scale[expert].transpose(0, 1)
-        # The rows' values are made once for all experts; then they are a form as a weight's.
-        x = mx.Operand(rows, rows, element, form=packed.CpuWeight("dense", rows))
-        return mx.multiply(x, mx.Operand(weight, scale, weight_element, form=call.form(expert)), None, output)
-
-    return _Plan(values, product, bias=call.bias)
 
 
 def _is_fp4(number: int | None) -> bool:

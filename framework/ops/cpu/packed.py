@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -33,12 +33,14 @@ class CpuWeight:
     `kind`: `int4`, `int8` (codes of 8 bits as two of 4 bits: K doubled, high halves first) or `dense`.
     `codes`: int4pack bytes uint8 [N, K/2] (int8: [N, K]), or the weight [N, K] in the activations' dtype.
     `scale_and_zero`: bf16 [G, N, 2] (int8: [2 G, N, 2]); value = scale * (code - 8) + zero.
+    `sums`: kept by the matmul that needs them, sums of the codes over K, int32 [G, N], by number of groups G.
     """
 
     kind: str
     codes: Tensor
     group_size: int = 0
     scale_and_zero: Tensor | None = None
+    sums: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:

@@ -82,7 +82,10 @@ def _clipped(x: Tensor, counts: Tensor, alpha: Tensor | None) -> Tensor:
     """Clip each row [K] at its expert's share `alpha` [E] of the row's largest value (activation clip)."""
     if alpha is None:
         return x
-    most = alpha.repeat_interleave(counts, output_size=x.shape[0]).to(x.dtype) * x.abs().amax(-1)
+    # rows beyond the counts belong to experts of other ranks
+    row = torch.arange(x.shape[0], device=x.device)
+    expert = torch.searchsorted(counts.cumsum(0), row, right=True).clamp(max=alpha.shape[0] - 1)
+    most = alpha[expert].to(x.dtype) * x.abs().amax(-1)
     return torch.minimum(torch.maximum(x, -most.unsqueeze(1)), most.unsqueeze(1))
 
 
