@@ -50,6 +50,14 @@ class Router(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         return weights * moe.scaling, chosen
 
+    def margins(self, scores: Tensor) -> Tensor:
+        """Fp32 [T, E] -> [T]: how far the last chosen expert is from the best one left out, in what is compared."""
+        chances = scores.sigmoid() if self.moe.scoring == "sigmoid" else scores.softmax(-1)
+        if self.correction is not None:
+            chances = chances + self.correction
+        best = chances.topk(min(self.moe.top_k + 1, self.moe.experts), dim=-1).values
+        return best[:, self.moe.top_k - 1] - best[:, -1]
+
 
 class Experts(nn.Module):
     """The MLP of a layer with experts: a weighted sum of the chosen ones, and shared ones that every token passes.

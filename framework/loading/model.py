@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from framework.engine.cache import KVCache
 from framework.engine.loop import Engine
 from framework.engine.request import Finished, Request, TokenEvent
+from framework.layers.experts import Router
 from framework.layers.group import Group
 from framework.layers.linear import ParallelLinear
 from framework.models.decoder import Decoder
@@ -62,6 +63,21 @@ class LoadedModel:
         logits = self._engine.score_stepwise(token_ids)
         return logits.numpy() if self.group.rank == 0 else None
 
+    def router_margins(self, token_ids: list[int]) -> dict[str, np.ndarray[Any, Any]]:
+        """Return, by layer, how close each position of one forward pass was to choosing another expert [T]."""
+        margins: dict[str, np.ndarray[Any, Any]] = {}
+        hooks = [
+            router.gate.register_forward_hook(_margin_recorder(name.removesuffix(".router"), router, margins))
+            for name, router in self.model.named_modules()
+            if isinstance(router, Router)
+        ]
+        try:
+            self._engine.score(token_ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return margins
+
     def trace(self, token_ids: list[int]) -> dict[str, np.ndarray[Any, Any]]:
         """Return the output [T, N of this rank] fp32 of every linear module of one forward pass."""
         outputs: dict[str, np.ndarray[Any, Any]] = {}
@@ -76,6 +92,14 @@ class LoadedModel:
             for hook in hooks:
                 hook.remove()
         return outputs
+
+
+def _margin_recorder(name: str, router: Router, margins: dict[str, np.ndarray[Any, Any]]) -> Any:  # noqa: ANN401
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found = router.margins(output.float()).cpu().numpy()
+        margins[name] = np.concatenate([margins[name], found]) if name in margins else found
+
+    return record
 
 
 def _recorder(layer: ParallelLinear, outputs: dict[str, np.ndarray[Any, Any]]) -> Any:  # noqa: ANN401

@@ -31,7 +31,7 @@ def verify_text(document: dict[str, Any], plan: dict[str, Any], ok: list[bool], 
                 "ok" if holds else "no",
             ]
         )
-    lines += [*columns(rows, "lrrrrrrrr", indent=0), ""]
+    lines += [*columns(rows, "lrrrrrrrr", indent=0), *_ties(document["prompts"]), ""]
     if "modules" in document:
         lines += [*_modules(document["modules"], 1e-3 if runtime["dtype"] == "float32" else 5e-2), ""]
     metric = document["metric"]
@@ -44,6 +44,23 @@ def verify_text(document: dict[str, Any], plan: dict[str, Any], ok: list[bool], 
         + ("" if document["ok"] else "     exit status 1")
     )
     return "\n".join(lines)
+
+
+def _ties(prompts: list[dict[str, Any]]) -> list[str]:
+    """Where a router nearly chose other experts, the closest of each prompt."""
+    lines = []
+    for i, prompt in enumerate(prompts):
+        ties = prompt.get("near_ties", [])
+        if not ties:
+            continue
+        excluded = prompt.get("excluded")
+        left_out = f"; left out: positions {', '.join(map(str, excluded))}" if excluded else ""
+        closest = ties[0]
+        lines.append(
+            f"routers   prompt {i}: {len(ties)} near-ties, the closest at position {closest['position']} of "
+            f"{closest['layer']}, margin {closest['margin']:.1e}{left_out}"
+        )
+    return lines
 
 
 def _modules(modules: list[dict[str, Any]], tolerance: float) -> list[str]:

@@ -1,12 +1,14 @@
 """npu_grouped_matmul: literal numpy loops over experts for every arithmetic, and whole expert MLPs."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from framework import ops
 from framework.ops.layout import held_bytes, stack_experts, weight_operand
@@ -203,6 +205,38 @@ def test_int8_by_int4_experts_are_the_products_of_halves(dtype, own_form, groups
             per_token_scale=tokens, output_dtype=NUMBERS[dtype],
         )  # fmt: skip
         close(y, expected, dtype, wide=2)
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+@pytest.mark.parametrize("own_form", [False, True])
+def test_experts_of_a_real_checkpoint_give_the_outputs_recorded_with_it(name, own_form):
+    """ModelSlim W4A8 in groups of 64, its two scales merged; the file's own correction is rounded more coarsely."""
+    folder = Path(__file__).parents[1] / "golden" / "tiny-qwen3-moe" / "modelslim-w4a8-dynamic-g64"
+    prefix = f"model.layers.0.mlp.experts.0.{name}"
+    with safe_open(next(folder.glob("*.safetensors")), "pt") as file:
+        pairs, scale, second, correction = (
+            file.get_tensor(f"{prefix}.{part}")
+            for part in ("weight", "weight_scale", "weight_scale_second", "scale_bias")
+        )
+    recorded = np.load(folder / "linear.npz")
+    x, y = torch.from_numpy(recorded[f"{prefix}.x"]), recorded[f"{prefix}.y_sim"]
+    octets = pairs.numpy().astype(int)
+    halves = (((octets & 15) ^ 8) - 8, octets >> 4)
+    codes = torch.from_numpy(np.stack(halves, 1).reshape(-1, octets.shape[1]).astype(np.int8))
+    merged = scale * second
+    exact = 8 * (codes.double() * merged.double().repeat_interleave(64, 1)).sum(1).float()
+    operand = (
+        stack_experts([int4_operand(part, CPU) for part in (codes.flip(0), codes)])
+        if own_form
+        else torch.stack([packed_int4(part.t().contiguous()) for part in (codes.flip(0), codes)])
+    )
+    rows, tokens = ops.npu_dynamic_quant(x)
+    for bias, tolerance in ((exact, 1e-6), (correction.sum(1), 2e-3)):
+        product = call(
+            rows, operand, counts=[0, len(x)], scale=bits(merged.t().contiguous()).repeat(2, 1, 1),
+            bias=bias.repeat(2, 1), per_token_scale=tokens, output_dtype=ops.FLOAT32,
+        )  # fmt: skip
+        assert np.abs(product.numpy() - y).max() <= tolerance * np.abs(y).max()
 
 
 def dequantized(codes, scale, offset, dtype):
