@@ -176,7 +176,7 @@ class _Files:
 
 def header_of(tensors: Iterable[Entry]) -> tuple[bytes, int]:
     """Return a file's header, its length included, for tensors that follow in this order, and the bytes of those."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in tensors:
         begin, end = end, end + prod(shape) * DTYPE_BYTES[dtype]

@@ -101,6 +101,20 @@ class Quantize:
 
 
 @dataclass(frozen=True, slots=True)
+class Repack:
+    """What msModelSlim wrote of an original Wan model, into the diffusers layout."""
+
+    model_type: Literal["auto", "Wan2.1", "Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B"] = "auto"
+    """Which model it is; auto: as many transformers as the float pipeline has."""
+    original: str | None = field(default=None, metadata={"path": True})
+    """The float pipeline in the diffusers layout."""
+    quantized: str | None = field(default=None, metadata={"path": True})
+    """The folder that msModelSlim wrote."""
+    output: str | None = field(default=None, metadata={"path": True})
+    """The folder to write, which must not exist."""
+
+
+@dataclass(frozen=True, slots=True)
 class Doctor:
     """Versions, devices, what does not fit together and the fix."""
 
@@ -128,11 +142,12 @@ JOBS: dict[str, type] = {
     "verify": Verify,
     "bench": Bench,
     "quantize": Quantize,
+    "repack": Repack,
     "matrix": Matrix,
     "doctor": Doctor,
     "schema": Schema,
 }
-RESERVED_JOBS = ("render", "repack", "serve")
+RESERVED_JOBS = ("render", "serve")
 WITHOUT_RECIPE = ("matrix", "doctor", "schema", "repack")
 DEFAULT_JOB = {"llm": "generate", "diffusion": "render"}
 # a job that makes one kind of thing; all others take both

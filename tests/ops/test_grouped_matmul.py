@@ -281,6 +281,19 @@ def test_weight_only_experts(dtype, width, groups, with_offset, biased):
     close(call(x, own, **given_operands), expected, dtype, wide=8)
 
 
+@pytest.mark.parametrize("is_weight_only", [False, True])
+def test_a_bias_is_added_before_the_only_rounding(is_weight_only):
+    """Rounded first, the product would lose what the bias leaves of it."""
+    x, bias = normal(ROWS, K, dtype=torch.bfloat16), normal(E, N, seed=2) * 0.1
+    codes = integers(E, K, N, seed=1)
+    weight = codes.bfloat16()
+    given_operands = {"antiquant_scale": torch.ones(E, N).bfloat16()} if is_weight_only else {}
+    y = call(x, codes if is_weight_only else weight, bias=bias, **given_operands)
+    w, b = weight.double().numpy(), bias.double().numpy()
+    expected = torch.from_numpy(by_expert(x.double().numpy(), COUNTS, lambda rows, e: rows @ w[e] + b[e]))
+    assert (y != expected.bfloat16()).float().mean() < 0.01
+
+
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 

@@ -120,6 +120,14 @@ def test_biased_and_grouped_gating_follows_its_steps(tokens, groups, mode, sigmo
     torch.testing.assert_close(p, scores.sigmoid() if sigmoid else scores.softmax(-1))
 
 
+def test_sigmoids_that_are_all_zero_give_weights_of_zero():
+    """The division's eps is what is left below the line."""
+    weights, experts, _ = ops.npu_moe_gating_top_k(torch.full((1, 8), -200.0), 2, norm_type=1)
+    assert weights.tolist() == [[0.0, 0.0]] and experts.tolist() == [[0, 1]]
+    weights, _, _ = ops.npu_moe_gating_top_k(torch.zeros(1, 8), 2, norm_type=1, eps=1.0)
+    assert weights.tolist() == [[0.25, 0.25]]
+
+
 def test_what_gating_does_not_offer_is_refused():
     scores = torch.zeros(2, 4)
     for options in ({"renorm": 1}, {"norm_type": 2}, {"input_ids": torch.zeros(2)}):

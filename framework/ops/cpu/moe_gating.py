@@ -87,7 +87,7 @@ def largest(values: Tensor, k: int) -> Tensor:
 
     For the one row of a decode step a sort costs a third of a top-k with places in its keys.
     """
-    return torch.sort(values, dim=1, descending=True).indices[:, :k]
+    return torch.sort(values, dim=1, descending=True, stable=True).indices[:, :k]
 
 
 def _within_groups(choice: Tensor, groups: int, kept: int, *, best: int) -> Tensor:

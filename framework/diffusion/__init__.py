@@ -1,0 +1,1 @@
+"""Diffusion pipelines: their checkpoints and how they are run."""
