@@ -9,11 +9,14 @@ hold it exactly).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from framework import ops
 from framework.ops.cpu import mx, packed
+from framework.ops.layout import stack_experts
 
 # Bytes of codes dequantized at a time: 16 to 32 MB of fp32.
 _CHUNK_BYTES = 1 << 22
@@ -52,6 +55,17 @@ def mx_operand(codes: Tensor, scale_bytes: Tensor, element: str, dtype: torch.dt
     ]
     form = packed.CpuWeight("dense", torch.cat(values))
     return packed.carry(_stand_in(codes.t().shape, codes.dtype), form)
+
+
+def mx_experts_operand(
+    codes: Sequence[Tensor], scale_bytes: Sequence[Tensor], element: str, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return the operand [E, K, N] (fp4 [E, K/2, N]) of all experts: on an NPU tiled before it is transposed."""
+    if device.type == "cpu":
+        pairs = zip(codes, scale_bytes, strict=True)
+        return stack_experts([mx_operand(own, scale, element, dtype, device) for own, scale in pairs])
+    stacked: Tensor = ops.npu_format_cast(torch.stack(list(codes)).to(device), ops.ACL_FORMAT_FRACTAL_NZ)
+    return stacked.transpose(1, 2)
 
 
 def _stand_in(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from framework import ops
 from framework.ops import packing
-from framework.ops.quant_layout import mx_operand
+from framework.ops.quant_layout import mx_experts_operand, mx_operand
 from framework.quantization.schemes.base import DTYPE_NUMBERS, Operands, entering, grouped_matmul, held_bytes, inputs_of
 from framework.quantization.tensor import QuantTensor
 
@@ -95,9 +95,10 @@ def linear_dual(x: Tensor, weight: Operands) -> Tensor:
 
 def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Weight [E, K, N] (fp4: [E, K/2, N]) and scale [E, ceil(K/64), N, 2]: transposed views."""
-    stacked = torch.stack([_codes(weight) for weight in weights]).to(device)
-    operand = ops.npu_format_cast(stacked, ops.ACL_FORMAT_FRACTAL_NZ).transpose(1, 2)
-    scale = torch.stack([_scales(weight) for weight in weights]).to(device).transpose(1, 2)
+    pairs = [_scales(weight) for weight in weights]
+    codes = [_codes(weight).contiguous() for weight in weights]
+    operand = mx_experts_operand(codes, pairs, weights[0].element, dtype, device)
+    scale = torch.stack(pairs).to(device).transpose(1, 2)
     return Operands(operand, scale, nbytes=held_bytes(operand, scale))
 
 

@@ -8,16 +8,12 @@ import torch
 from torch import Tensor
 
 from framework import ops
+from framework.ops.layout import stack_experts
 from framework.ops.quant_layout import int4_operand
 from framework.quantization.schemes.base import DTYPE_NUMBERS, Operands, entering, grouped_matmul, held_bytes, inputs_of
 from framework.quantization.tensor import QuantTensor
 
 QUINT4X2 = 16  # of npu_dynamic_quant: torch's number of quint4x2
-
-
-def int4_weight(codes: Tensor, device: torch.device) -> Tensor:
-    """Return signed codes int8 [N, K] as int32 [K, N/8], eight to a word along N: one expert of a grouped operand."""
-    return ops.npu_convert_weight_to_int4pack(codes.t().contiguous().to(device).int())  # type: ignore[no-any-return]
 
 
 def as_int64(scale: Tensor) -> Tensor:
@@ -53,7 +49,7 @@ def linear(x: Tensor, weight: Operands) -> Tensor:
 
 def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Weight int32 [E, K, N/8], scale int64 [E, N]."""
-    operand = torch.stack([int4_weight(weight.codes, device) for weight in weights])
+    operand = stack_experts([int4_operand(weight.codes, device) for weight in weights])
     operand = ops.npu_format_cast(operand, ops.ACL_FORMAT_FRACTAL_NZ)
     scale = as_int64(torch.stack([row_scale(weight) for weight in weights])).to(device)
     return Operands(operand, scale, nbytes=held_bytes(operand, scale))

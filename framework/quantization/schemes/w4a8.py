@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from framework import ops
+from framework.ops.layout import stack_experts
 from framework.ops.quant_layout import int4_operand, int8_operand
 from framework.quantization.schemes.base import DTYPE_NUMBERS, Operands, entering, grouped_matmul, held_bytes, inputs_of
-from framework.quantization.schemes.w4a4 import as_int64, int4_weight
+from framework.quantization.schemes.w4a4 import as_int64
 from framework.quantization.schemes.w8a8 import expert_weight
 from framework.quantization.tensor import QuantTensor
 
@@ -102,7 +103,7 @@ def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, devic
         inputs["alpha"] = torch.cat([weight.whole["alpha"].float() for weight in weights]).to(device)
     if (group == k or (group % OP_GROUP == 0 and k % OP_GROUP == 0)) and n % 8 == 0:
         repeats = 1 if group == k else group // OP_GROUP
-        operand = torch.stack([int4_weight(codes, device) for codes, _, _ in forms])
+        operand = stack_experts([int4_operand(codes, device) for codes, _, _ in forms])
         operand = ops.npu_format_cast(operand, ops.ACL_FORMAT_FRACTAL_NZ)
         bias = torch.stack([_SHIFT * weight.dequantize().double().sum(1).float() for weight in weights]).to(device)
         scale = as_int64(scale.repeat_interleave(repeats, dim=1).contiguous()).to(device)

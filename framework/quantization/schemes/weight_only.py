@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from framework import ops
-from framework.ops.layout import held_bytes, weight_operand
+from framework.ops.layout import held_bytes, stack_experts, weight_operand
 from framework.quantization.schemes.base import Operands, entering, grouped_matmul, inputs_of
-from framework.quantization.schemes.w4a4 import int4_weight
 from framework.quantization.tensor import QuantTensor
 
 
@@ -79,11 +78,20 @@ def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, devic
     forms = [signed(weight) for weight in weights]
     if any(weight.order is not None for weight in weights):
         raise ValueError("the grouped operator takes experts in the order of their input")
-    bits = weights[0].bits
-    if bits == 4:
-        operand = torch.stack([int4_weight(codes, device) for codes, _, _ in forms])
-    else:
-        operand = torch.stack([codes.t() for codes, _, _ in forms]).contiguous().to(device)
+    operand = stack_experts(
+        [
+            weight_operand(
+                codes,
+                bits=weight.bits,
+                scale=scale,
+                offset=offset,
+                dtype=dtype,
+                device=device,
+                values=weight.dequantize,
+            )
+            for weight, (codes, scale, offset) in zip(weights, forms, strict=True)
+        ]
+    )
     scale = torch.stack([scale for _, scale, _ in forms]).to(device=device, dtype=dtype)
     offset = None
     if any(offset is not None for _, _, offset in forms):
@@ -91,7 +99,7 @@ def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, devic
         offset = torch.stack(zeros).to(device=device, dtype=dtype)
     if scale.shape[1] == 1:
         scale, offset = scale.squeeze(1), None if offset is None else offset.squeeze(1)
-    nbytes = sum(t.nbytes for t in (operand, scale, offset) if t is not None)
+    nbytes = held_bytes(operand) + sum(t.nbytes for t in (scale, offset) if t is not None)
     return Operands(operand, scale, offset, nbytes=nbytes)
 
 
