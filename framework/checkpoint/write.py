@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ def write_headers(
         The safetensors files.
     """
     files = _Files(folder, list(tensors), shard_bytes)
+    files.open()
     files.close()
     _write_documents(folder, documents)
     return files.paths
@@ -62,6 +64,7 @@ class CheckpointWriter:
 
         Raises:
             InputError: `output-exists`; `output-folder`, it cannot be made.
+            Refused: `disk-full`.
         """
         if self.folder.exists():
             raise InputError(
@@ -86,6 +89,12 @@ class CheckpointWriter:
                 )
             ) from error
         self.files = _Files(self.part, self.tensors, self.shard_bytes, self.stem)
+        try:
+            with self.writing("the headers"):
+                self.files.open()
+        except BaseException:
+            self._drop()
+            raise
         return self
 
     def put(self, name: str, data: bytes | memoryview) -> None:
@@ -94,13 +103,23 @@ class CheckpointWriter:
         Raises:
             Refused: `disk-full`.
         """
-        try:
+        with self.writing(name):
             self.files.put(name, data)
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Turn a failure to write `what` into the problem that a user is told.
+
+        Raises:
+            Refused: `disk-full`.
+        """
+        try:
+            yield
         except OSError as error:
             raise Refused(
                 Problem(
                     "disk-full",
-                    f"{name} cannot be written: {error.strerror}",
+                    f"{what} cannot be written: {error.strerror}",
                     str(self.folder),
                     fix="job.output=/a/folder/on/a/larger/disk",
                 )
@@ -109,33 +128,46 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put the folder in its place if every tensor came; else leave nothing."""
+        """Put the folder in its place if every tensor came; else leave nothing.
+
+        Raises:
+            Refused: `disk-full`.
+        """
+        try:
+            missing = self.files.missing()
+            if kind is None and missing:
+                raise RuntimeError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
+            if kind is None:
+                with self.writing("the checkpoint"):
+                    self.files.close()
+                    _write_documents(self.part, self.documents)
+                    self.part.rename(self.folder)
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
         self.files.close()
-        if kind is not None:
-            shutil.rmtree(self.part, ignore_errors=True)
-            return
-        missing = self.files.missing()
-        if missing:
-            shutil.rmtree(self.part, ignore_errors=True)
-            raise RuntimeError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
-        _write_documents(self.part, self.documents)
-        self.part.rename(self.folder)
+        shutil.rmtree(self.part, ignore_errors=True)
 
 
 class _Files:
-    """Safetensors files with their headers written and room for their data."""
+    """Safetensors files: `open` writes their headers and makes room for their data."""
 
     def __init__(self, folder: Path, tensors: list[Entry], shard_bytes: int, stem: str = "model") -> None:
-        shards = list(_shards(tensors, shard_bytes))
-        count = len(shards)
+        self.folder, self.stem = folder, stem
+        self.shards = list(_shards(tensors, shard_bytes))
+        count = len(self.shards)
         names = [
             f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
             for i in range(count)
         ]
         self.paths = [folder / name for name in names]
         self.places: dict[str, tuple[int, int, int]] = {}
-        self.descriptors = []
-        for path, shard in zip(self.paths, shards, strict=True):
+        self.descriptors: list[int] = []
+        self.left = {entry[0] for entry in tensors}
+
+    def open(self) -> None:
+        for path, shard in zip(self.paths, self.shards, strict=True):
             header, end = header_of(shard)
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
             self.descriptors.append(descriptor)
@@ -146,14 +178,12 @@ class _Files:
                 size = prod(shape) * DTYPE_BYTES[dtype]
                 self.places[name] = (descriptor, at, size)
                 at += size
-        self.left = set(self.places)
-        if count > 1:
-            weight_map = {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        if len(self.shards) > 1:
+            files = zip(self.paths, self.shards, strict=True)
+            weight_map = {entry[0]: path.name for path, shard in files for entry in shard}
             total = sum(size for _, _, size in self.places.values())
-            _write_documents(
-                folder,
-                {f"{stem}.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": weight_map}},
-            )
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_documents(self.folder, {f"{self.stem}.safetensors.index.json": index})
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         descriptor, at, size = self.places[name]

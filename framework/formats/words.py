@@ -138,6 +138,21 @@ def stray_problems(found: Mapping[str, list[str]], where: str) -> list[Problem]:
     return problems
 
 
+def without_codes(modules: Sequence[Module], index: Index, where: str) -> list[Problem]:
+    """Problem `description-missing`: a config that declares codes beside a file that has none."""
+    if any(is_quantized(module, index) for module in linears(modules)):
+        return []
+    return [
+        Problem(
+            "description-missing",
+            "the config declares a quantization, and no linear of the file has codes",
+            where,
+            "weights and config are of different checkpoints",
+            "use the config that was written with these weights   or   quantization.format=none",
+        )
+    ]
+
+
 def number(value: object, default: int) -> int:
     """Return a whole number of a config, or the default where it is none."""
     return value if isinstance(value, int) and not isinstance(value, bool) else default

@@ -69,7 +69,8 @@ def write_quantized(
                 writer.put(name, reader.read(info, 0, prod(info.shape[:-1])).data)
             done += info.nbytes
             progress(done, index.total_bytes)
-        _copy_companions(index, writer.part)
+        with writer.writing("the files beside the weights"):
+            _copy_companions(index, writer.part)
     return sum(writer.files.places[name][2] for name, _, _ in tensors)
 
 

@@ -78,15 +78,21 @@ def weight_only(weight):
     return lambda x: x @ held.T
 
 
-def per_token(weight, most):
-    """Activations in integers -most - 1 .. most with one scale a token; the sum of integers is exact."""
-    held = torch.tensor(weight).double()
+def per_token(weight, most, parts=1):
+    """Activations in integers -most - 1 .. most with one scale a token; the sum of integers is exact.
+
+    `parts`: ranks that each have a share of the input features, and scales of their own.
+    """
+    shares = torch.tensor(weight).double().chunk(parts, 1)
 
     def linear(x):
-        scale = x.abs().amax(-1, keepdim=True) / most
-        scale = torch.where(scale == 0, 1.0, scale)
-        codes = torch.round(x / scale).clamp(-most - 1, most)
-        return (scale.double() * (codes.double() @ held.T)).float()
+        total = 0
+        for share, held in zip(x.chunk(parts, -1), shares, strict=True):
+            scale = share.abs().amax(-1, keepdim=True) / most
+            scale = torch.where(scale == 0, 1.0, scale)
+            codes = torch.round(share / scale).clamp(-most - 1, most)
+            total = total + (scale.double() * (codes.double() @ held.T)).float()
+        return total
 
     return linear
 

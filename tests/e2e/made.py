@@ -21,6 +21,8 @@ INTEGERS = {"w8a8_dynamic": (127, 127, 0), "w4a8_dynamic": (7, 127, 0), "w4a4_dy
             "w8a16": (127, 0, 0), "w4a16": (7, 0, 128)}  # fmt: skip
 MX = {"mxfp8": ("e4m3", "e4m3"), "mxfp4": ("e2m1", "e2m1"), "w4a8_mxfp": ("e2m1", "e4m3"),
       "mxfp4_dualscale": ("dual", "dual")}  # of weights, of activations; fmt: skip
+PER_TOKEN = {"w8a8_dynamic", "w8a8_mix", "w4a8_dynamic", "w4a4_dynamic"}
+ROW_PARALLEL = ("o_proj", "down_proj")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each field of a word of eight holds
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
@@ -53,6 +55,11 @@ def awq4(tensors, name):
         for part in ("qweight", "qzeros")
     )
     return codes, zeros, tensors[f"{name}.scales"].numpy().T
+
+
+def signed_pairs(pairs):
+    """The low and the high nibble of each byte, as -8 .. 7."""
+    return [(nibble ^ 8).astype(np.int8) - np.int8(8) for nibble in (pairs & 15, pairs >> 4 & 15)]
 
 
 def to_awq8(codes, zero, scale):
@@ -178,24 +185,24 @@ def static_tensors(n):
 
 
 def rounded(scheme, weight):
-    """A float weight as a scheme multiplies it: its linear, and its tensors in ModelSlim's layout."""
+    """A float weight as a scheme multiplies it: its linear by the ranks that share its input, and ModelSlim's tensors."""
     if scheme in INTEGERS:
         most, entering, group = INTEGERS[scheme]
         codes, scale = integers(weight, most, group)
         held = widened(codes, scale)
-        linear = per_token(held, entering) if entering else weight_only(held)
-        return linear, {"weight": codes, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
+        tensors = {"weight": codes, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
+        return lambda parts: per_token(held, entering, parts) if entering else weight_only(held), tensors
     element, entering = MX[scheme]
     held, exponent, outer = mx_values(weight, element)
     spread = np.ldexp(np.repeat(outer, 16, axis=1)[:, : exponent.shape[1]], exponent)
     units = held / np.repeat(spread, 32, axis=1)
     scales = {"weight_scale": (exponent + 127).astype(np.uint8)}
     if element == "e4m3":
-        return mx(held, entering), {"weight": torch.tensor(units).to(torch.float8_e4m3fn)} | scales
+        return lambda parts: mx(held, entering), {"weight": torch.tensor(units).to(torch.float8_e4m3fn)} | scales
     codes = np.abs(np.abs(units)[..., None] - E2M1).argmin(-1) | (np.signbit(units) << 3)
     codes = (codes[:, ::2] | (codes[:, 1::2] << 4)).astype(np.uint8)
     dual = {"weight_dual_scale": outer[..., None]} if element == "dual" else {}
-    return mx(held, entering), {"weight": codes} | scales | dual
+    return lambda parts: mx(held, entering), {"weight": codes} | scales | dual
 
 
 def quantized(source, scheme, label=None, config=None):
@@ -208,7 +215,7 @@ def quantized(source, scheme, label=None, config=None):
             linears[name], held = rounded(scheme, made.pop(f"{name}.weight").float().numpy())
             made |= {f"{name}.{k}": v for k, v in arrays(held).items() if label or k != "weight_offset"}
         write(folder, made, base, config, dict.fromkeys(linears, label) if label else None)
-        simulate(folder, original, tensors, base, linears)
+        simulate(folder, original, tensors, base, linears, by_rank=scheme in PER_TOKEN)
 
     return make
 
@@ -220,7 +227,35 @@ def online(source, scheme):
         tensors, base, original = float_source(source, folder)
         linears = {n: rounded(scheme, tensors[f"{n}.weight"].float().numpy())[0] for n in projections(tensors)}
         write(folder, tensors, base)
-        simulate(folder, original, tensors, base, linears)
+        simulate(folder, original, tensors, base, linears, by_rank=scheme in PER_TOKEN)
+
+    return make
+
+
+def with_ranks(source, most):
+    """A maker of a golden checkpoint of ModelSlim's int4 pairs as it is, with the logits of 2 and 4 ranks besides.
+
+    `most`: the activations' largest code. Where a second scale says groups, a rank's share is whole groups.
+    """
+
+    def make(folder):
+        shutil.copytree(GOLDEN / source, folder, dirs_exist_ok=True)
+        tensors, base = read(folder)
+        linears = {}
+        for name in projections(tensors):
+            pairs = tensors[f"{name}.weight"].numpy()
+            codes = np.stack(signed_pairs(pairs), 1).reshape(-1, pairs.shape[1])
+            scale = tensors[f"{name}.weight_scale"].numpy()
+            groups = pairs.shape[1]
+            if f"{name}.weight_scale_second" in tensors:
+                scale = scale * tensors[f"{name}.weight_scale_second"].numpy()
+                groups = scale.shape[1]
+            held = widened(codes, scale)
+            linears[name] = lambda parts, held=held, groups=groups: per_token(held, most, min(parts, groups))
+        simulate(folder, GOLDEN / source, tensors, base, linears, by_rank=True)
+        with np.load(folder / "reference.npz") as ours, np.load(GOLDEN / source / "reference.npz") as tools:
+            found = dict(ours) | {name: tools[name] for name in tools.files if name.endswith("logits_sim")}
+        np.savez(folder / "reference.npz", **found)
 
     return make
 
@@ -258,10 +293,17 @@ def write(folder, tensors, config, quantization=None, labels=None):
         (folder / "quant_model_description.json").write_text(text)
 
 
-def simulate(folder, source, tensors, config, linears):
-    """Write reference.npz: the literal forward pass over the source's prompts."""
+def simulate(folder, source, tensors, config, linears, *, by_rank):
+    """Write reference.npz: the literal forward pass over the source's prompts; `by_rank`: on 2 and 4 ranks too."""
     with np.load(source / "reference.npz") as given:
         prompts = {k: given[f"prompt{k}.input_ids"] for k in (0, 1)}
     found = {f"prompt{k}.input_ids": ids for k, ids in prompts.items()}
-    found |= {f"prompt{k}.logits_sim": forward(tensors, config, linears, i.tolist()) for k, i in prompts.items()}
+    for size in (1, 2, 4) if by_rank else (1,):
+        cut = {name: made(size if name.endswith(ROW_PARALLEL) else 1) for name, made in linears.items()}
+        found |= {f"prompt{k}.{key(size)}": forward(tensors, config, cut, ids.tolist()) for k, ids in prompts.items()}
     np.savez(folder / "reference.npz", **found)
+
+
+def key(size):
+    """The reference's array of a tensor-parallel size: a rank scales its own share of a token."""
+    return "logits_sim" if size == 1 else f"logits_sim_tp{size}"

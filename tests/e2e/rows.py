@@ -29,6 +29,7 @@ from tests.e2e.made import (
     to_packed,
     to_w4a16,
     to_w8a16,
+    with_ranks,
 )
 
 
@@ -54,8 +55,8 @@ def at_load(source, scheme):
     return Run(online(source, scheme), asking("*_proj", scheme, "quantization.online=true"))
 
 
-MIXED = Run(DENSE + "modelslim-mixed")
-TWO_STAGE = Run(MOE + "modelslim-w4a8-dynamic-g64")
+FIVE_TYPES = Run(DENSE + "modelslim-mixed")
+TWO_STAGE = Run(with_ranks(MOE + "modelslim-w4a8-dynamic-g64", 127))
 MX = Run(MOE + "modelslim-mxfp4")
 GPTQ_8 = Run(GPTQ8)
 GPTQ_4 = Run(repacked(AWQ4, awq4, to_gptq(4), {"quant_method": "gptq", "checkpoint_format": "gptq"} | WORDS))
@@ -63,22 +64,23 @@ AWQ_4 = Run(AWQ4)
 AWQ_8 = Run(repacked(GPTQ8, gptq8, to_awq8, AWQ8_CONFIG))
 AUTO_4 = Run(repacked(AWQ4, awq4, to_auto_round(4), AUTO8_CONFIG | WORDS))
 AUTO_8 = Run(repacked(GPTQ8, gptq8, to_auto_round(8), AUTO8_CONFIG))
+INT8_GROUPS = Run(repacked(GPTQ8, gptq8, to_w8a16, label="W8A16"))
 THREE_GROUPS = Run(DENSE + "ct-mixed")
 INT8 = Run(quantized("experts", "w8a8_dynamic", "W8A8_DYNAMIC"))
 AT_LOAD = {scheme: at_load("experts", scheme) for scheme in ("w8a8_dynamic", "w4a16", "w8a16", "mxfp8")}
 
 ROWS = {
-    "modelslim.w4a4_dynamic.linear": Run(DENSE + "modelslim-w4a4-dynamic-packed"),
-    "modelslim.w8a8_static.linear": MIXED,
-    "modelslim.w8a8_dynamic.linear": MIXED,
+    "modelslim.w4a4_dynamic.linear": Run(with_ranks(DENSE + "modelslim-w4a4-dynamic-packed", 7)),
+    "modelslim.w8a8_static.linear": Run(DENSE + "modelslim-w8a8-smooth-asym"),
+    "modelslim.w8a8_dynamic.linear": FIVE_TYPES,
     "modelslim.mxfp8.linear": MX,
     "modelslim.mxfp4.linear": Run(quantized(BASE, "mxfp4", "W4A4_MXFP4")),
     "modelslim.w4a4_dynamic.moe": Run(quantized("experts", "w4a4_dynamic", "W4A4_DYNAMIC")),
     "modelslim.w4a8_dynamic.moe": TWO_STAGE,
     "modelslim.w8a8_dynamic.moe": INT8,
     "modelslim.mxfp8.moe": Run(quantized("experts", "mxfp8", "W8A8_MXFP8")),
-    "modelslim.w8a16.linear": MIXED,
-    "modelslim.w8a16.moe": Run(repacked(GPTQ8, gptq8, to_w8a16, label="W8A16")),
+    "modelslim.w8a16.linear": INT8_GROUPS,
+    "modelslim.w8a16.moe": INT8_GROUPS,
     "modelslim.w4a16.linear": Run(DENSE + "modelslim-w4a16-g64"),
     "modelslim.w4a16.moe": Run(repacked(AWQ4, awq4, to_w4a16, label="W4A16")),
     "modelslim.w4a8_dynamic.linear": TWO_STAGE,

@@ -130,9 +130,9 @@ CASES = {
         lambda t: [f"model.path={GGUF}", "job=verify", f"job.reference={GGUF}"], 2, "reference-key", "prompt0.logits"),
     "wrong sha256": (
         lambda t: [f"model.path={GGUF}", CHECK, "model.sha256=" + "0" * 64], 2, "sha256-mismatch", "0000"),
-    "a quantized format that comes later": (
+    "codes that the config declares and the file lacks": (
         lambda t: [f"model.path={base(t, config={'quantization_config': {'quant_method': 'awq', 'bits': 4}})}", CHECK],
-        1, "format-not-yet", "awq"),
+        1, "description-missing", "no linear"),
 }  # fmt: skip
 
 

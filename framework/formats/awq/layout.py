@@ -23,6 +23,7 @@ from framework.formats.words import (
     odd_values,
     stray,
     stray_problems,
+    without_codes,
 )  # fmt: skip
 from framework.geometry import Module
 
@@ -117,7 +118,7 @@ def awq_faults(
             found.setdefault(reason, []).append(module.name)
         elif held_words(module, index, width, Packing("awq")).scheme == "w8a16" and not byte_order(index, width):
             unsaid.append(module.name)
-    problems = stray_problems(found, where)
+    problems = [*without_codes(modules, index, where), *stray_problems(found, where)]
     if unsaid:
         problems.append(
             Problem(

@@ -23,6 +23,7 @@ from framework.formats.words import (
     odd_values,
     stray,
     stray_problems,
+    without_codes,
 )  # fmt: skip
 from framework.geometry import Module
 
@@ -116,7 +117,7 @@ def gptq_faults(
     for module in linears(modules):
         if reason := stray(module, index, widths[module.name]):
             found.setdefault(reason, []).append(module.name)
-    return stray_problems(found, where)
+    return [*without_codes(modules, index, where), *stray_problems(found, where)]
 
 
 def _format(given: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ from framework import ops
 from framework.ops import layout
 from framework.quantization.tensor import QuantTensor
 
-DTYPE_NUMBERS = {torch.float32: ops.FLOAT32, torch.float16: ops.FLOAT16, torch.bfloat16: ops.BFLOAT16}
+# torch's own numbers: as an output_dtype torch_npu takes these alone (its Meta kernels refuse 283 for bf16)
+DTYPE_NUMBERS = {torch.int32: 3, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
 
 @dataclass(frozen=True, slots=True)

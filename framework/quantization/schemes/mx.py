@@ -118,10 +118,9 @@ def grouped_fp4(x: Tensor, counts: Tensor, weight: Operands) -> Tensor:
 def grouped_fp8_fp4(x: Tensor, counts: Tensor, weight: Operands) -> Tensor:
     """[T, K] sorted by expert -> [T, N]. The operator takes the weight's scale as antiquant_scale here."""
     codes, scale = ops.npu_dynamic_mx_quant(x, dst_type=ops.FLOAT8_E4M3FN)
-    dtypes = {"x_dtype": ops.FLOAT8_E4M3FN, "weight_dtype": FP4}
     given = _grouped(x, scale)
     del given["scale_dtype"]
-    return grouped_matmul(codes, weight.weight, counts, antiquant_scale=weight.scale, **dtypes, **given)
+    return grouped_matmul(codes, weight.weight, counts, antiquant_scale=weight.scale, weight_dtype=FP4, **given)
 
 
 def _grouped(x: Tensor, scale: Tensor) -> dict[str, object]:

@@ -73,7 +73,7 @@ def linear(x: Tensor, weight: Operands) -> Tensor:
     for g in range(groups):
         part = codes[:, g * size : (g + 1) * size].contiguous()
         product = ops.npu_quant_matmul(
-            part, weight.weight[g * size : (g + 1) * size], weight.scale[g], output_dtype=ops.INT32
+            part, weight.weight[g * size : (g + 1) * size], weight.scale[g], output_dtype=DTYPE_NUMBERS[torch.int32]
         )
         y = y + product.float() * weight.scale[g]
     return (y * per_token.unsqueeze(1)).to(x.dtype)
@@ -140,6 +140,6 @@ def grouped(x: Tensor, counts: Tensor, weight: Operands) -> Tensor:
             counts,
             scale=weight.scale[:, g].contiguous(),
             per_token_scale=per_token,
-            output_dtype=ops.FLOAT32,
+            output_dtype=DTYPE_NUMBERS[torch.float32],
         )
     return y.to(x.dtype)
