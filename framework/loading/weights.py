@@ -14,6 +14,7 @@ from framework.formats.base import Decoder
 from framework.geometry import Module, Rect, Split
 from framework.layers.group import Group
 from framework.layers.linear import ParallelLinear, Part
+from framework.loading.scales import check_values
 from framework.planning.plan import Plan, PlannedModule
 from framework.quantization.online import quantize
 from framework.quantization.registry import SCHEMES
@@ -102,6 +103,12 @@ class RankWeights:
         self.prepared_bytes += weight.nbytes
         return weight
 
+    def bias(self, name: str) -> Tensor:
+        """Return the whole float bias of a linear in the model's dtype."""
+        planned = self.planned[name]
+        found = self.decoder.bias(planned.module, planned.module.full, self.index, self.reader)
+        return found.to(self.dtype).to(self.device)
+
     def norm(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias [H] of a norm in the model's dtype."""
         planned = self.planned[name]
@@ -145,6 +152,8 @@ class RankWeights:
             weight = self._quantized(planned, module, rect)
         else:
             weight = self.decoder.decode(module, rect, planned.scheme, self.index, self.reader, dtype=self.dtype)
+        if module.quantizable:
+            check_values(weight, module.name, self.plan.checkpoint, self.dtype)
         if CORRECTION in weight.rows and planned.split is Split.ROW and self.group.rank:
             # the correction of a row split is added once
             weight = replace(weight, rows={**weight.rows, CORRECTION: torch.zeros_like(weight.rows[CORRECTION])})

@@ -1,7 +1,8 @@
 """Checkpoints of rows that no golden folder has, made from those that are there, with the logits they must give.
 
-`repacked`: the integers of a golden checkpoint in another format's words: its logits stay. `relabelled`: the same tensors
-under another type. `quantized` and `online`: round to nearest by literal formulas, logits by the literal forward pass.
+`repacked`: the integers of a golden checkpoint in another format's words, which keeps its logits. `relabelled`: the
+same tensors under another type. `quantized` and `online`: round to nearest by literal formulas, with the logits of the
+literal forward pass.
 """
 
 import json
@@ -19,8 +20,12 @@ GPTQ8, AWQ4 = "tiny-qwen3-moe/gptq-w8g64-sym", "tiny-qwen3-moe/awq-w4g64"
 # The largest code of weights and of activations (0: float), and the weights' group.
 INTEGERS = {"w8a8_dynamic": (127, 127, 0), "w4a8_dynamic": (7, 127, 0), "w4a4_dynamic": (7, 7, 0),
             "w8a16": (127, 0, 0), "w4a16": (7, 0, 128)}  # fmt: skip
-MX = {"mxfp8": ("e4m3", "e4m3"), "mxfp4": ("e2m1", "e2m1"), "w4a8_mxfp": ("e2m1", "e4m3"),
-      "mxfp4_dualscale": ("dual", "dual")}  # of weights, of activations; fmt: skip
+MX = {
+    "mxfp8": ("e4m3", "e4m3"),
+    "mxfp4": ("e2m1", "e2m1"),
+    "w4a8_mxfp": ("e2m1", "e4m3"),
+    "mxfp4_dualscale": ("dual", "dual"),
+}  # of weights, of activations; fmt: skip
 PER_TOKEN = {"w8a8_dynamic", "w8a8_mix", "w4a8_dynamic", "w4a4_dynamic"}
 ROW_PARALLEL = ("o_proj", "down_proj")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each field of a word of eight holds
@@ -143,7 +148,7 @@ def repacked(source, decode, encode, config=None, label=None):
         made = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in names}
         for name in names:
             made |= {f"{name}.{k}": v for k, v in arrays(encode(*decode(tensors, name))).items()}
-        write(folder, made, base, config, {name: label for name in names} if label else None)
+        write(folder, made, base, config, dict.fromkeys(names, label) if label else None)
         shutil.copy(GOLDEN / source / "reference.npz", folder)
 
     return make
@@ -185,7 +190,7 @@ def static_tensors(n):
 
 
 def rounded(scheme, weight):
-    """A float weight as a scheme multiplies it: its linear by the ranks that share its input, and ModelSlim's tensors."""
+    """A float weight as a scheme multiplies it: its linear, by the ranks that share its input; ModelSlim's tensors."""
     if scheme in INTEGERS:
         most, entering, group = INTEGERS[scheme]
         codes, scale = integers(weight, most, group)

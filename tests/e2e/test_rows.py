@@ -13,6 +13,7 @@ import pytest
 from framework.capability.table import read_table
 from framework.loading.load import load
 from framework.planning.make import make_plan
+from tests.e2e.literal import forward, read
 from tests.e2e.made import GOLDEN, PER_TOKEN, key
 from tests.e2e.rows import ROWS
 from tests.plans import checked_for
@@ -106,6 +107,14 @@ def settled(ours, right, near):
 
 def test_every_row_has_a_checkpoint():
     assert set(JUDGING) == ROWS.keys()
+
+
+@pytest.mark.parametrize("run", [ROWS["none.float.linear"], ROWS["none.float.moe"]], ids=["dense", "experts"])
+def test_the_literal_forward_pass_gives_the_goldens_logits(run, folder_of):
+    tensors, config = read(folder_of(run))
+    for arrays in references(folder_of(run)):
+        logits = forward(tensors, config, {}, arrays["input_ids"].tolist())
+        assert np.abs(logits - right_logits(arrays, 1)).max() <= 1e-4
 
 
 @pytest.mark.parametrize("size", SIZES)

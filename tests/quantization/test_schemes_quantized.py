@@ -1,6 +1,6 @@
 """Every scheme: the quantizers' own vectors, grouped against one expert at a time, float64 formulas, cuts of K."""
 
-import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +64,9 @@ class Golden:
 
     def bias(self):
         if not self.module.bias:
-            return 0.0
+            return torch.zeros(())
         with Reader() as reader:
-            return decoder("modelslim").bias(self.module, self.module.full, self.index, reader).numpy()
+            return decoder("modelslim").bias(self.module, self.module.full, self.index, reader)
 
 
 @pytest.mark.parametrize(("folder", "name"), VECTORS, ids=lambda v: v.name if isinstance(v, Path) else v)
@@ -83,7 +83,6 @@ def test_a_linear_of_the_real_quantizer_gives_its_recorded_products(folder, name
 def test_the_golden_linears_are_of_every_scheme_that_the_tool_writes():
     found = {Golden(folder, name).scheme for folder, name in VECTORS}
     assert found == set(SCHEMES) - {"float", "w8a8_mix"}
-    assert all(json.loads((folder / "stamp.json").read_text()) for folder in COMMITTED)
 
 
 @pytest.mark.parametrize(("scheme", "group"), CASES)
@@ -150,15 +149,13 @@ def test_clipped_activations_are_cut_at_their_experts_share_of_the_row(group):
 
 
 @pytest.mark.parametrize("pieces", [2, 3])
-@pytest.mark.parametrize(("scheme", "group"), CASES)
+@pytest.mark.parametrize(("scheme", "group"), [case for case in CASES if case[1] != 256])
 def test_a_cut_of_k_is_each_ranks_own_quantization_summed(scheme, group, pieces):
-    if group == 256:
-        pytest.skip("three uneven cuts go through a group of 256") if pieces == 3 else None
     ends = (DUAL_CUTS if scheme == "mxfp4_dualscale" else CUTS)[pieces]
-    cuts = list(zip(ends, ends[1:], strict=False))
+    cuts = list(pairwise(ends))
     held, x = weight(scheme, N, ends[-1], group), inputs(scheme, 5, ends[-1], cuts)
-    w, n = values(held), held.codes.shape[0]
-    y = sum(linear(scheme, held.slice(0, n, k0, k1), x[:, k0:k1]) for k0, k1 in cuts)
+    w = values(held)
+    y = sum(linear(scheme, held.slice(0, N, k0, k1), x[:, k0:k1]) for k0, k1 in cuts)
     close(y, sum(activations(scheme, x[:, k0:k1]) @ w[:, k0:k1].T for k0, k1 in cuts))
 
 

@@ -13,12 +13,16 @@ from framework.ops.layout import held_bytes, stack_experts, weight_operand
 from framework.quantization.schemes.base import Operands, entering, grouped_matmul, inputs_of
 from framework.quantization.tensor import QuantTensor
 
+# From here on an offset minimum / scale overflows fp16, and codes change the minimum by less than bf16 can tell.
+_DWARFED = 32768
+
 
 def signed(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return signed int8 codes [N, K], fp32 scale and offset [G, N]; value = (code + offset) * scale.
 
-    Codes 0 .. 2^bits - 1 are shifted down by half the range, which the offset takes back. A group with scale
-    0 and a minimum holds one value everywhere: its scale becomes the minimum, its codes 0, its offset 1.
+    Codes 0 .. 2^bits - 1 are shifted down by half the range, which the offset takes back. A group whose minimum
+    dwarfs its scale (which may be 0) holds one value everywhere: its scale becomes the minimum, its codes 0, its
+    offset 1.
     """
     if weight.scale is None:
         raise ValueError("a weight-only scheme takes integer codes, this weight is float")
@@ -35,7 +39,7 @@ def signed(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
         offset = shift - weight.zero.float()
     elif weight.minimum is not None:
         minimum = weight.minimum.float()
-        flat = scale == 0
+        flat = scale.abs() * _DWARFED <= minimum.abs()
         if flat.any():
             codes = codes.masked_fill(flat.repeat_interleave(weight.group_size, dim=1), 0)
             scale = torch.where(flat, minimum, scale)

@@ -1,0 +1,183 @@
+"""Load a synthetic W4A16 mixture of experts (1 GB, Qwen3-MoE) rank by rank, against reading and unpacking it plainly.
+
+The floor of a rank is measured in its own process on its own threads, around the load: reading its share of the
+checkpoint's bytes once, and unpacking the nibbles of its share to int8 once with one torch expression a tensor. Printed:
+the load against that floor, and the peak of memory over what the process had before, against what the rank holds.
+Ratios of one run mean something, seconds do not: the page cache serves the file.
+
+    python benchmarks/load.py --format awq --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import os
+import resource
+import sys
+import tempfile
+import time
+from math import prod
+from pathlib import Path
+from typing import Any
+
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "num_hidden_layers": 3,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 8192,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FORMATS = {"awq": "awq", "gptq": "gptq", "ct": "compressed_tensors", "modelslim": "modelslim"}
+CODES = ("I32", "I8")  # containers of nibbles
+READ_BYTES = 16 << 20
+
+
+def write(folder: Path, format_name: str) -> None:
+    """Write random codes, small positive scales and a config that its layout reads back as w4a16."""
+    import numpy as np
+
+    from framework.checkpoint.safetensors import DTYPE_BYTES
+    from framework.checkpoint.write import CheckpointWriter
+    from framework.families.base import modules
+    from framework.families.config import describe
+    from framework.formats.registry import LAYOUTS
+
+    options = {"group_size": 128, "symmetric": format_name != "awq"}
+    made = LAYOUTS[FORMATS[format_name]].stand_in(tuple(modules(describe(CONFIG))), "w4a16", options)
+    documents = {**made.documents, "config.json": CONFIG | made.config}
+    rng = np.random.default_rng(0)
+    numbers = {"F16": np.float16(0.01).tobytes(), "BF16": b"\x24\x3c", "F32": np.float32(0.01).tobytes()}
+    with CheckpointWriter(folder, made.tensors, documents) as writer:
+        for name, dtype, shape in made.tensors:
+            count = prod(shape)
+            if dtype in numbers:
+                data = b"\0\0\0\0"[: DTYPE_BYTES[dtype]] if "offset" in name else numbers[dtype]
+                writer.put(name, data * count)
+            elif name.endswith("qzeros"):
+                # of GPTQ v1, symmetric: 8 less one
+                word = b"\x77" * 4 if format_name == "gptq" else b"\x78" * 4
+                writer.put(name, word * count)
+            elif name.endswith("weight_shape"):
+                stem = name.removesuffix("weight_shape")
+                packed = next(shape for key, _, shape in made.tensors if key == f"{stem}weight_packed")
+                writer.put(name, np.array([packed[0], packed[1] * 8], np.int64).tobytes())
+            else:
+                writer.put(name, rng.bytes(count * DTYPE_BYTES[dtype]))
+
+
+def floor_s(path: Path, share: int) -> tuple[float, float]:
+    """Seconds of reading 1 / share of a checkpoint's bytes, and of unpacking as much of its nibbles."""
+    import torch
+
+    from framework.checkpoint.open import open_index
+
+    index, buffer = open_index(path), memoryview(bytearray(READ_BYTES))
+    start = time.perf_counter()
+    for file in index.files:
+        descriptor, left = os.open(file, os.O_RDONLY), file.stat().st_size // share
+        while left > 0:
+            left -= os.readv(descriptor, [buffer[: min(left, READ_BYTES)]])
+        os.close(descriptor)
+    read = time.perf_counter() - start
+    sizes = [info.nbytes // share for info in index.tensors.values() if info.dtype in CODES]
+    raw = torch.randint(0, 256, (max(sizes),), dtype=torch.uint8)
+    start = time.perf_counter()
+    for size in sizes:
+        part = raw[:size]
+        torch.stack((part & 15, part >> 4), dim=-1).view(torch.int8).sub_(8)
+    return read, time.perf_counter() - start
+
+
+class Rank:
+    """A rank whose collectives are not called."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+def measure(path: Path, rank: int, size: int, threads: int, dtype: str, results: Any) -> None:  # noqa: ANN401
+    """Child process: one rank's floor and load."""
+    import torch
+
+    from framework import ops
+    from framework.checkpoint.open import open_index
+    from framework.jobs.common import read_capability
+    from framework.loading.load import load
+    from framework.planning.check import check
+    from framework.planning.make import make_plan
+    from framework.recipe.compose import compose
+
+    torch.set_num_threads(threads)
+    overrides = [f'model.path="{path}"', f"parallel.tp_size={size}", f"runtime.dtype={dtype}", "job=generate",
+                 "runtime.context=256", "runtime.max_batch=1", "capability.allow=[tbd,wip]"]  # fmt: skip
+    recipe = compose(["recipe=llm/local", *overrides])
+    plan = make_plan(check(recipe, {"": open_index(path)}, read_capability(recipe)), "cpu")
+    ops.npu_rms_norm(torch.ones(1, 8), torch.ones(8))
+    floor_s(path, size)  # warms the page cache and the allocator
+    floors = [floor_s(path, size)]
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    start = time.perf_counter()
+    model = load(plan, Rank(rank, size), lambda done, total: None)  # type: ignore[arg-type]
+    took = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    floors.append(floor_s(path, size))
+    read, unpack = (min(each) for each in zip(*floors, strict=True))
+    results.put((rank, took, read, unpack, peak, model.bytes_held()))
+
+
+def main() -> None:
+    """Write, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--format", choices=FORMATS, default="awq")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="keep the checkpoint here, or use the one that is there")
+    given = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": str(given.threads), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    with tempfile.TemporaryDirectory() as temporary:
+        path = (given.folder or Path(temporary)) / given.format
+        if not path.exists():
+            write(path, given.format)
+        total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        kind = json.loads((path / "config.json").read_text()).get("quantization_config", {}).get("quant_method", "")
+        print(f"{given.format} {kind} {total / 1e9:.2f} GB, tp {given.tp}, {given.threads} threads, {given.dtype}")
+        context, results = mp.get_context("spawn"), mp.get_context("spawn").Queue()
+        for rank in range(given.tp):
+            process = context.Process(
+                target=measure, args=(path, rank, given.tp, given.threads, given.dtype, results)
+            )
+            process.start()
+            process.join()
+            if process.exitcode:
+                sys.exit(process.exitcode)
+            _, took, read, unpack, peak, held = results.get()
+            print(
+                f"  rank {rank}: load {took:6.2f} s, floor {read + unpack:5.2f} s (read {read:.2f}, unpack {unpack:.2f}), "
+                f"ratio {took / (read + unpack):5.2f}; peak {peak / 2**20:6.0f} MiB, held {held / 2**20:6.0f} MiB, "
+                f"over it {(peak - held) / 2**20:5.0f} MiB"
+            )
+
+
+if __name__ == "__main__":
+    main()
