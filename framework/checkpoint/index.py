@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a file.
+class TensorInfo(NamedTuple):
+    """One tensor of a file: a tuple, which is made twice as fast as a frozen dataclass; there can be 136,000.
 
     `dtype` is the container's own name: safetensors `BF16`, `I8`, ... or a ggml type `Q4_1`, `F32`, ...
     `shape` is in torch order (a linear is [N, K]). `offset` is absolute in `file`, in bytes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from framework.checkpoint.index import Index
 from framework.errors import Problem
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 FLOATS = ("BF16", "F16", "F32")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """A tensor that a module must have in the file: its role (`weight`, `bias`, ...), name, shape, dtypes.
 
     `dtypes` are the acceptable container dtypes; empty means any the format can decode.
@@ -33,8 +32,7 @@ class TensorSpec:
     dtypes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """What the file holds of one module.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from framework.checkpoint.faults import malformed
 from framework.checkpoint.index import Index, TensorInfo
 from framework.checkpoint.reader import Reader
 from framework.errors import Problem, Refused
@@ -20,14 +22,15 @@ from framework.geometry import Kind, Module, Rect
 from framework.quantization.tensor import QuantTensor
 
 Words = np.ndarray[Any, np.dtype[np.uint32]]
-Codes = np.ndarray[Any, np.dtype[np.uint8]]
 
-# Column that field i of a word holds, among those that share the word (AutoAWQ's gemm packing).
-AWQ_FIELDS = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 1, 2, 3)}
+# Field of a word that holds column c of those that share it, lowest bits first (AutoAWQ's gemm packing).
+FIELDS = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 1, 2, 3)}
 INTERLEAVED_BYTES = (0, 2, 1, 3)
 # GPTQ v1 stores zero points minus one, subtracted from the word as a whole: a zero point of 0 borrows.
 ONES = {4: 0x11111111, 8: 0x01010101}
 BITS = {"w4a16": 4, "w8a16": 8}
+READ_BYTES = 4 << 20  # at a time, so that a network file system sees few and large reads
+CHUNK_BYTES = 1 << 18  # of words, unpacked at a time: temporaries stay in cache
 
 
 def decode_words(
@@ -41,21 +44,20 @@ def decode_words(
     *,
     dtype: torch.dtype,
 ) -> QuantTensor:
-    """Return a rectangle of a module's weight; its values in `dtype` where the scheme is float.
+    """Return a rectangle of a module's weight.
+
+    float: (code - zero) * scale in fp32 (exact for scales of 16 bits), rounded to `dtype`; any rectangle. Else a
+    symmetric file's codes int8 [N, K] around 0, another's as stored, uint8 with zero points; scales and zero points
+    fp32 [N, G]; `order` where groups follow g_idx, whose columns cannot be cut.
 
     Raises:
         Refused: `zero-points`, a symmetric file whose words say otherwise.
+        InputError: `file-malformed`, g_idx without whole groups, or not in order and cut.
     """
     if module.kind is not Kind.LINEAR or not is_quantized(module, index):
         return plain.decode(module, rect, scheme, index, reader, dtype=dtype)
-    source = _Source(stem(module, index), index, reader, BITS[held.scheme], packing)
-    order = source.order(held)
-    if scheme != "float":
-        return source.quantized(rect, held, module.shape[1], order)
-    step = module.shape[1] if order is not None or not held.group else held.group
-    wide = Rect(rect.n0, rect.n1, rect.k0 // step * step, min(-(-rect.k1 // step) * step, module.shape[1]))
-    weight = source.quantized(wide, held, module.shape[1], order).dequantize()
-    return QuantTensor(weight[:, rect.k0 - wide.k0 : rect.k1 - wide.k0].to(dtype))
+    source = _Source(stem(module, index), index, reader, held, packing, module.shape[1])
+    return QuantTensor(source.values(rect, dtype)) if scheme == "float" else source.quantized(rect)
 
 
 def bias_of(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
@@ -65,102 +67,174 @@ def bias_of(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The tensors of one linear."""
+    """The tensors of one linear of K input features."""
 
     name: str
     index: Index
     reader: Reader
-    bits: int
+    held: Held
     packing: Packing
+    k: int
 
-    def quantized(self, rect: Rect, held: Held, k: int, order: Tensor | None) -> QuantTensor:
-        half = 1 << (self.bits - 1)
-        codes = torch.from_numpy(np.ascontiguousarray(self.codes(rect)))
-        groups = (0, 1) if not held.group else (rect.k0 // held.group, -(-rect.k1 // held.group))
-        scale, zero = self.scales(rect, groups), torch.from_numpy(np.ascontiguousarray(self.zeros(rect, groups)))
-        if held.symmetric and self.packing.along == "gptq" and not bool((zero == half).all()):
-            raise Refused(self.disagreement(int(zero.flatten()[(zero != half).flatten().int().argmax()])))
+    @property
+    def bits(self) -> int:
+        return BITS[self.held.scheme]
+
+    @property
+    def half(self) -> int:
+        return 1 << (self.bits - 1)
+
+    def values(self, rect: Rect, dtype: torch.dtype) -> Tensor:
+        """Dequantize a rectangle, chunk by chunk."""
+        groups = self.groups()[rect.k0 : rect.k1]
+        first, last = int(groups.min()), int(groups.max()) + 1
+        scale, zero = self.scales(rect, first, last), self.zeros(rect, first, last)
+        groups -= first
+        out = torch.empty(rect.shape, dtype=dtype)
+        for rows, columns, codes in self.chunks(rect):
+            values = codes.float()
+            values -= _spread(zero[rows], groups[columns])
+            out[rows, columns] = values.mul_(_spread(scale[rows], groups[columns]))
+        return out
+
+    def quantized(self, rect: Rect) -> QuantTensor:
+        """Return a rectangle's codes with all that they mean."""
+        n, k = rect.shape
+        group, order = self.held.group, self.order(rect)
+        first, last = (rect.k0 // group, -(-rect.k1 // group)) if group else (0, 1)
+        scale, zero = self.scales(rect, first, last), self.zeros(rect, first, last)
+        codes = torch.empty(n, k, dtype=torch.uint8)
+        for rows, columns, chunk in self.chunks(rect):
+            codes[rows, columns] = chunk
         if order is not None:
-            codes = codes[:, order]
-        size = held.group or rect.k1 - rect.k0
-        if bool((zero == half).all()):
-            signed = (codes.to(torch.int16) - half).to(torch.int8)
-            return QuantTensor(signed, scale, group_size=size, bits=self.bits, order=order)
-        return QuantTensor(codes, scale, zero.float(), group_size=size, bits=self.bits, order=order)
+            # numpy's take: four times as fast as torch's
+            codes = torch.from_numpy(codes.numpy().take(order.numpy(), axis=1))
+        if self.held.symmetric:
+            codes = codes.view(torch.int8).add_(-self.half)
+        offsets = None if self.held.symmetric else zero
+        return QuantTensor(codes, scale, offsets, group_size=group or k, bits=self.bits, order=order)
 
     def info(self, suffix: str) -> TensorInfo:
         return self.index.tensors[f"{self.name}.{suffix}"]
 
-    def order(self, held: Held) -> Tensor | None:
-        """Return the input feature of each column once groups are contiguous; None where they are already."""
+    def groups(self) -> Tensor:
+        """Group of each input feature, int64 [K]."""
+        size = self.held.group or self.k
+        in_order = torch.arange(self.k) // size
         info = self.index.tensors.get(f"{self.name}.g_idx")
-        if info is None or not held.group:
-            return None
-        groups = torch.from_numpy(self.reader.read(info, 0, 1).reshape(-1).view(np.int32).astype(np.int64))
+        if info is None or not self.held.group:
+            return in_order
+        groups = torch.from_numpy(self.reader.read(info, 0, 1)).view(torch.int32).flatten().long()
+        if not torch.equal(groups.sort().values, in_order):
+            raise malformed(info.file, f"{info.name} does not deal {self.k} input features to groups of {size}")
+        return groups
+
+    def order(self, rect: Rect) -> Tensor | None:
+        """Return the input feature of each column once groups are contiguous; None where they are already."""
+        groups = self.groups()
         if bool((groups[1:] >= groups[:-1]).all()):
             return None
+        if rect.shape[1] != self.k:
+            info = self.info("g_idx")
+            raise malformed(info.file, f"{info.name} is in activation order, which the config does not say")
         return torch.argsort(groups, stable=True)
 
-    def codes(self, rect: Rect) -> Codes:
-        """Codes [N, K] of the rectangle."""
+    def chunks(self, rect: Rect) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield rows and columns of the rectangle with their codes, uint8 [rows, columns]."""
         info, per_word = self.info("qweight"), 32 // self.bits
-        if self.packing.along == "gptq":
-            first = rect.k0 // per_word
-            words = self.words(info, first, -(-rect.k1 // per_word), rect.n0, rect.n1)
-            fields = unpack(words.T, self.bits)
-            return fields[:, rect.k0 - first * per_word : rect.k1 - first * per_word]
-        first = rect.n0 // per_word
-        words = self.words(info, rect.k0, rect.k1, first, -(-rect.n1 // per_word))
-        fields = self.in_order(unpack(words, self.bits))
-        return fields[:, rect.n0 - first * per_word : rect.n1 - first * per_word].T
+        gptq = self.packing.along == "gptq"
+        along_n, along_k = (1, per_word) if gptq else (per_word, 1)
+        left, right = rect.n0 // along_n, -(-rect.n1 // along_n)
+        top, bottom = rect.k0 // along_k, -(-rect.k1 // along_k)
+        read_step = max(1, READ_BYTES // (4 * (right - left)))
+        for row0 in range(top, bottom, read_step):
+            row1 = min(row0 + read_step, bottom)
+            block = _signed(self.words(info, row0, row1, left, right)).t()
+            columns, inside = _within(rect.k0, rect.k1, row0 * along_k, row1 * along_k)
+            step = max(1, CHUNK_BYTES // (4 * (row1 - row0)))
+            for low in range(left, right, step):
+                high = min(low + step, right)
+                words = block[low - left : high - left].clone(memory_format=torch.contiguous_format)
+                codes = _along_k(words, self.bits) if gptq else _along_n(words, self.bits, self.fields)
+                rows, among = _within(rect.n0, rect.n1, low * along_n, high * along_n)
+                yield rows, columns, codes[among, inside]
 
-    def zeros(self, rect: Rect, groups: tuple[int, int]) -> Codes:
-        """Zero points [N, G]."""
+    def zeros(self, rect: Rect, first: int, last: int) -> Tensor:
+        """Zero points [N, G] in fp32.
+
+        Raises:
+            Refused: `zero-points`, the file is symmetric by its config and not by its words.
+        """
         per_word = 32 // self.bits
-        first = rect.n0 // per_word
-        words = self.words(self.info("qzeros"), *groups, first, -(-rect.n1 // per_word))
+        left = rect.n0 // per_word
+        words = self.words(self.info("qzeros"), first, last, left, -(-rect.n1 // per_word))
         if self.packing.variant == "v1":
             words = words + np.uint32(ONES[self.bits])
-        fields = unpack(words, self.bits)
-        if self.packing.along == "awq":
-            fields = self.in_order(fields)
-        return fields[:, rect.n0 - first * per_word : rect.n1 - first * per_word].T
+        fields = _along_n(_signed(words).t(), self.bits, self.fields)
+        fields = fields[rect.n0 - left * per_word : rect.n1 - left * per_word]
+        if self.held.symmetric and not bool((fields == self.half).all()):
+            raise Refused(self.disagreement(int(fields[fields != self.half][0])))
+        return fields.float()
 
-    def scales(self, rect: Rect, groups: tuple[int, int]) -> Tensor:
+    def scales(self, rect: Rect, first: int, last: int) -> Tensor:
         """Scales [N, G] in fp32."""
         info = self.info("scales")
         kind = plain.TYPES[info.dtype]
-        raw = self.reader.read(info, *groups, rect.n0 * kind.itemsize, rect.n1 * kind.itemsize)
+        raw = self.reader.read(info, first, last, rect.n0 * kind.itemsize, rect.n1 * kind.itemsize)
         return torch.from_numpy(raw).view(kind).float().t().contiguous()
 
     def words(self, info: TensorInfo, row0: int, row1: int, column0: int, column1: int) -> Words:
         """A rectangle of words."""
         return self.reader.read(info, row0, row1, 4 * column0, 4 * column1).view(np.uint32)
 
-    def in_order(self, fields: Codes) -> Codes:
-        """Put the columns of AWQ's words in order."""
-        order = AWQ_FIELDS[self.bits] if self.packing.variant != "interleaved" else INTERLEAVED_BYTES
-        per_word = len(order)
-        inverse = [order.index(column) for column in range(per_word)]
-        return fields.reshape(fields.shape[0], -1, per_word)[:, :, inverse].reshape(fields.shape)
+    @property
+    def fields(self) -> Sequence[int]:
+        """Field of each column among those that share a word."""
+        if self.packing.along == "gptq":
+            return range(32 // self.bits)
+        return INTERLEAVED_BYTES if self.packing.variant == "interleaved" else FIELDS[self.bits]
 
     def disagreement(self, found: int) -> Problem:
-        half = 1 << (self.bits - 1)
-        other = "v2 (as they are)" if self.packing.variant == "v1" else "v1 (minus one)"
+        read = {"v1": "with one added (v1)", "v2": "as they are (v2)"}.get(self.packing.variant, "as they are")
         return Problem(
             "zero-points",
-            f"{self.name} is symmetric by its config, and its zero points are {found}, not {half}",
+            f"{self.name} is symmetric by its config, and its zero points are {found}, not {self.half}",
             self.info("qzeros").file.name,
-            f"they were read as {self.packing.variant}; read as {other} they may be right: label and words disagree",
-            "mend checkpoint_format (GPTQ) or packing_format (auto-round) in the checkpoint's config",
+            f"they were read {read}: label and words disagree",
+            "mend checkpoint_format (GPTQ), packing_format (auto-round) or zero_point (AWQ) in the checkpoint's config",
         )
 
 
-def unpack(words: Words, bits: int) -> Codes:
-    """[R, W] words -> [R, W * 32 / bits] fields, the lowest bits first."""
-    count = 32 // bits
-    out = np.empty((*words.shape, count), np.uint8)
-    mask = np.uint32((1 << bits) - 1)
-    for field in range(count):
-        out[..., field] = (words >> np.uint32(bits * field)) & mask
-    return out.reshape(words.shape[0], -1)
+def _within(first: int, last: int, start: int, stop: int) -> tuple[slice, slice]:
+    """Where first..last and start..stop meet, counted from `first` and from `start`."""
+    low, high = max(first, start), min(last, stop)
+    return slice(low - first, high - first), slice(low - start, high - start)
+
+
+def _signed(words: Words) -> Tensor:
+    """Words as torch has them."""
+    return torch.from_numpy(words.view(np.int32))
+
+
+def _along_k(words: Tensor, bits: int) -> Tensor:
+    """Words [N, W] along the input features, contiguous -> uint8 [N, W * 32 / bits], the lowest bits first."""
+    raw = words.view(torch.uint8)
+    if bits == 8:
+        return raw
+    wide = raw.to(torch.int16)
+    wide |= wide << 4
+    wide &= 0x0F0F
+    return wide.view(torch.uint8)
+
+
+def _along_n(words: Tensor, bits: int, fields: Sequence[int]) -> Tensor:
+    """Words [W, R] along the output features -> uint8 [W * 32 / bits, R]; column c of a word is field `fields[c]`."""
+    out = torch.empty(words.shape[0], len(fields), words.shape[1], dtype=torch.uint8)
+    for column, field in enumerate(fields):
+        out[:, column] = (words >> bits * field) & ((1 << bits) - 1)
+    return out.flatten(0, 1)
+
+
+def _spread(table: Tensor, groups: Tensor) -> Tensor:
+    """A value by group [N, G] to one by column; [N, 1] is left to broadcast."""
+    return table if table.shape[1] == 1 else table.index_select(1, groups)

@@ -15,7 +15,12 @@ from framework.report.progress import transfer_progress, waiting
 
 @contextmanager
 def started(
-    recipe: Recipe, plan: Plan, tokenizer_json: str | None = None, *, log_dir: Path | None = None
+    recipe: Recipe,
+    plan: Plan,
+    tokenizer_json: str | None = None,
+    *,
+    log_dir: Path | None = None,
+    loader: str | None = None,
 ) -> Iterator[tuple[Session, float]]:
     """Start the ranks of a plan and load it, saying what is waited for; yield the session and the load's seconds."""
     with ExitStack() as stack:
@@ -24,5 +29,5 @@ def started(
         begin = time.perf_counter()
         with transfer_progress() as report:
             report("load", 0, 0)
-            session.load(plan, tokenizer_json, lambda done, total: report("load", done, total))
+            session.load(plan, tokenizer_json, lambda done, total: report("load", done, total), loader=loader)
         yield session, time.perf_counter() - begin

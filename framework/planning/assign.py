@@ -215,7 +215,10 @@ def _online(assigned: list[Assigned]) -> tuple[list[Assigned], list[Problem]]:
 
 def online_group(scheme: str, k: int) -> int:
     """Return the group that a weight of K input features is quantized in at load; 0: one scale a row."""
-    return next((size for size in ONLINE_GROUPS if k % size == 0), 0) if scheme == "w4a16" else 0
+    if scheme != "w4a16":
+        return 0
+    size = next((size for size in ONLINE_GROUPS if k % size == 0), 0)
+    return size if size < k else 0
 
 
 def _form(held: Held) -> tuple[object, ...]:

@@ -25,8 +25,6 @@ def require_runnable(checked: Checked) -> None:
     schemes = {placed.assigned.scheme for placed in checked.placed} - SCHEMES
     if schemes:
         missing.append(f"scheme {', '.join(sorted(schemes))}")
-    if checked.model.decoder is None:
-        missing.append("diffusion pipelines")
     if missing:
         raise Refused(
             Problem(

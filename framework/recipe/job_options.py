@@ -93,6 +93,36 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
+class Render:
+    """Prompts or labels to pictures or video, and results.jsonl."""
+
+    prompts: tuple[str, ...] = field(default=(), metadata={"examples": [["a cat on a roof"]]})
+    """What to draw."""
+    prompt_file: str | None = field(default=None, metadata={"path": True})
+    """A .txt file of prompts, one a line."""
+    labels: tuple[int, ...] = field(default=(), metadata={"minimum": 0})
+    """Classes to draw, for class-conditional models."""
+    negative_prompt: str | None = None
+    """What not to draw."""
+    steps: int = field(default=20, metadata={"minimum": 1})
+    """Denoising steps."""
+    guidance: float | None = field(default=None, metadata={"minimum": 0})
+    """Guidance scale; null: the pipeline's default."""
+    guidance_2: float | None = field(default=None, metadata={"minimum": 0})
+    """Guidance scale of the second expert; null: the first one's."""
+    height: int | None = field(default=None, metadata={"minimum": 1})
+    """Pixels; null: the pipeline's default."""
+    width: int | None = field(default=None, metadata={"minimum": 1})
+    """Pixels; null: the pipeline's default."""
+    frames: int | None = field(default=None, metadata={"minimum": 1})
+    """Frames of a video; null: the pipeline's default."""
+    fps: int = field(default=16, metadata={"minimum": 1})
+    """Frames a second of a video."""
+    num_outputs: int = field(default=1, metadata={"minimum": 1})
+    """Outputs of a prompt or label; each has the next seed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Quantize:
     """A float checkpoint to one in ModelSlim's layout, by the recipe's schemes; round to nearest."""
 
@@ -141,13 +171,14 @@ JOBS: dict[str, type] = {
     "plan": Plan,
     "verify": Verify,
     "bench": Bench,
+    "render": Render,
     "quantize": Quantize,
     "repack": Repack,
     "matrix": Matrix,
     "doctor": Doctor,
     "schema": Schema,
 }
-RESERVED_JOBS = ("render", "serve")
+RESERVED_JOBS = ("serve",)
 WITHOUT_RECIPE = ("matrix", "doctor", "schema", "repack")
 DEFAULT_JOB = {"llm": "generate", "diffusion": "render"}
 # a job that makes one kind of thing; all others take both

@@ -20,12 +20,9 @@ GPTQ8, AWQ4 = "tiny-qwen3-moe/gptq-w8g64-sym", "tiny-qwen3-moe/awq-w4g64"
 # The largest code of weights and of activations (0: float), and the weights' group.
 INTEGERS = {"w8a8_dynamic": (127, 127, 0), "w4a8_dynamic": (7, 127, 0), "w4a4_dynamic": (7, 7, 0),
             "w8a16": (127, 0, 0), "w4a16": (7, 0, 128)}  # fmt: skip
-MX = {
-    "mxfp8": ("e4m3", "e4m3"),
-    "mxfp4": ("e2m1", "e2m1"),
-    "w4a8_mxfp": ("e2m1", "e4m3"),
-    "mxfp4_dualscale": ("dual", "dual"),
-}  # of weights, of activations; fmt: skip
+# Elements of weights and of activations.
+MX = {"mxfp8": ("e4m3", "e4m3"), "mxfp4": ("e2m1", "e2m1"), "w4a8_mxfp": ("e2m1", "e4m3"),
+      "mxfp4_dualscale": ("dual", "dual")}  # fmt: skip
 PER_TOKEN = {"w8a8_dynamic", "w8a8_mix", "w4a8_dynamic", "w4a4_dynamic"}
 ROW_PARALLEL = ("o_proj", "down_proj")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each field of a word of eight holds

@@ -91,9 +91,6 @@ def test_its_output_is_judged_by_the_rows_of_modelslim(written):
 @pytest.mark.parametrize("size", [1, 2])
 def test_it_runs_as_the_model_that_is_quantized_at_load_bit_for_bit(written, size, request):
     source, rules, output = written
-    if rules == CASES["experts of 4 bits"] and size > 1:
-        reason = "a group that is the whole row is cut as a group at load, and as a row where it was written"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     assert np.array_equal(scores(output, size), scores(source, size, *asking(rules)))
 
 

@@ -26,26 +26,29 @@ SUFFIXES = (
 # Schemes that differ in activations alone
 SERVES = {"w8a8_static": ("w8a8_dynamic", "w8a16"), "w8a8_dynamic": ("w8a16",), "w4a8_dynamic": ("w4a16",)}
 
-# Ways of a module not to be what the config says: code, why, what would work
+# Ways of a module not to be what the config says
 FORGOTTEN, UNCOMPRESSED = "quantized in the file, and no group of the config says how", "quantized by the config alone"
 LOOKED_UP = "quantized in the file, which embeddings cannot be"
-UNLIKE = {
-    FORGOTTEN: (
+UNLIKE = (
+    Problem(
         "description-missing",
-        "no target selects them by name, expression or the class Linear, or ignore does",
-        "use the config.json that was saved with these weights",
+        FORGOTTEN,
+        why="no target selects them by name, expression or the class Linear, or ignore does",
+        fix="use the config.json that was saved with these weights",
     ),
-    UNCOMPRESSED: (
+    Problem(
         "description-missing",
-        "their weights are float in the file: the model was saved without compression",
-        "save it with save_compressed=True   or   list the modules under ignore",
+        UNCOMPRESSED,
+        why="their weights are float in the file: the model was saved without compression",
+        fix="save it with save_compressed=True   or   list the modules under ignore",
     ),
-    LOOKED_UP: (
+    Problem(
         "embedding-quantized",
-        "rows of an embedding are looked up in float",
-        "a checkpoint that was quantized with its embedding under ignore",
+        LOOKED_UP,
+        why="rows of an embedding are looked up in float",
+        fix="a checkpoint that was quantized with its embedding under ignore",
     ),
-}
+)
 
 _CACHE = re.compile(r"\.self_attn\.(?:(?:attn\.)?[qkv]_(?:scale|zero_point)|[kv]_proj\.output_scale)$")
 
@@ -104,9 +107,8 @@ class CompressedTensorsLayout:
         return [
             *parsed.problems,
             *(_refusal(group, names, where) for group, names in {**refused, **unused}.items()),
-            *(Problem(code, f"{_count(odd[what])} {what}", where, why, fix)
-              for what, (code, why, fix) in UNLIKE.items() if what in odd),
-        ]  # fmt: skip
+            *(replace(p, what=f"{_count(odd[p.what])} {p.what}", where=where) for p in UNLIKE if p.what in odd),
+        ]
 
     def stand_in(self, modules: Sequence[Module], scheme: str, options: dict[str, Any]) -> Assumed:
         """Return what LLM-Compressor would save with `scheme` on every linear but routers and heads.

@@ -1,0 +1,71 @@
+"""The shipped digits pipeline draws the reference's pictures, whole and cut, float and quantized."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from framework.diffusion.pipeline import load_pipeline
+from framework.errors import InputError
+from framework.jobs.common import open_checked
+from framework.jobs.render import outputs
+from framework.planning.make import make_plan
+from framework.recipe.compose import compose, recipes_dir
+from tests.threads import on_ranks
+
+REFERENCE = Path(__file__).parents[1] / "golden" / "diffusion" / "tiny-digits" / "reference.npz"
+QUANTIZED = (
+    "quantization.online=true",
+    'quantization.layers=[{pattern: "*.attn1.*", scheme: w8a8_dynamic}, {pattern: "*.ff.*", scheme: w8a8_dynamic}]',
+    "capability.allow=[tbd]",
+)
+
+
+def pictures(tp_size, *overrides):
+    given = np.load(REFERENCE)
+    recipe = compose(["recipe=diffusion/digits", "runtime.dtype=float32", f"parallel.tp_size={tp_size}", *overrides])
+    plan = make_plan(open_checked(recipe), "cpu")
+    settings = {
+        "class_labels": given["labels"].tolist(),
+        "guidance_scale": float(given["guidance_scale"]),
+        "num_inference_steps": int(given["num_inference_steps"]),
+    }
+
+    def work(group):
+        pipeline = load_pipeline(plan, group, lambda done, total: None)
+        return list(pipeline.render(settings, int(given["seed"])))[-1]["frames"]
+
+    return on_ranks(tp_size, work)[0].astype(float) / 255
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+def test_float_pictures_are_the_reference_s(tp_size):
+    # two thousandths for the decoder (README of the golden files), half a step of 8 bits
+    assert np.abs(pictures(tp_size) - np.load(REFERENCE)["images"]).max() <= 2e-3 + 0.5 / 255
+
+
+@pytest.mark.slow
+def test_quantized_pictures_are_close():
+    error = np.square(pictures(2, *QUANTIZED) - np.load(REFERENCE)["images"]).mean()
+    assert -10 * np.log10(error) >= 45.7  # 48.7 dB by the README, less 3
+
+
+def test_the_shipped_recipe_checks():
+    checked = open_checked(compose(["recipe=diffusion/digits", "job=check"]))
+    assert checked.ok
+    assert json.loads((recipes_dir() / "assets" / "tiny-digits" / "model_index.json").read_text())["transformer"]
+
+
+@pytest.mark.parametrize("given", [[], ["job.labels=[1]", "job.prompts=[x]"]])
+def test_prompts_or_labels_are_needed_but_not_both(given):
+    recipe = compose(["recipe=diffusion/digits", "job.labels=[]", *given])
+    with pytest.raises(InputError) as refused:
+        outputs(recipe)
+    assert refused.value.problems[0].code == "prompts-missing"
+
+
+def test_each_output_has_its_own_seed():
+    wanted = outputs(compose(["recipe=diffusion/digits", "job.labels=[3,1]", "job.num_outputs=2", "runtime.seed=7"]))
+    assert [(one.label, one.seed) for one in wanted] == [(3, 7), (3, 8), (1, 9), (1, 10)]
