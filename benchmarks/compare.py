@@ -51,8 +51,8 @@ def load_ours(path: str, threads: int) -> Any:  # noqa: ANN401
     """Load the quickstart's schemes (w4a16 layers, w8a16 head), bf16 activations, one rank."""
     import torch
 
-    from framework.jobs.common import read_capability
     from framework.checkpoint.open import open_index
+    from framework.jobs.common import read_capability
     from framework.layers.group import Alone
     from framework.loading.load import load
     from framework.planning.check import check

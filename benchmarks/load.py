@@ -1,9 +1,10 @@
 """Load a synthetic W4A16 mixture of experts (1 GB, Qwen3-MoE) rank by rank, against reading and unpacking it plainly.
 
 The floor of a rank is measured in its own process on its own threads, around the load: reading its share of the
-checkpoint's bytes once, and unpacking the nibbles of its share to int8 once with one torch expression a tensor. Printed:
-the load against that floor, and the peak of memory over what the process had before, against what the rank holds.
-Ratios of one run mean something, seconds do not: the page cache serves the file.
+checkpoint's bytes once, and unpacking the nibbles of its share to int8 once with one torch expression a tensor.
+Printed: the load against that floor, both by the clock and in processor time, which a shared machine disturbs less;
+and the peak of memory over what the process had before, against what the rank holds. Ratios of one run mean
+something, seconds do not: the page cache serves the file.
 
     python benchmarks/load.py --format awq --threads 1
 """
@@ -85,27 +86,39 @@ def write(folder: Path, format_name: str) -> None:
                 writer.put(name, rng.bytes(count * DTYPE_BYTES[dtype]))
 
 
-def floor_s(path: Path, share: int) -> tuple[float, float]:
-    """Seconds of reading 1 / share of a checkpoint's bytes, and of unpacking as much of its nibbles."""
+class Stopwatch:
+    """Seconds by the clock, and of the processors."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        """Return both since the start."""
+        return time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+
+
+def floor(path: Path, share: int) -> tuple[float, float]:
+    """Read 1 / share of a checkpoint's bytes, and unpack as much of its nibbles; return both times."""
     import torch
 
     from framework.checkpoint.open import open_index
 
     index, buffer = open_index(path), memoryview(bytearray(READ_BYTES))
-    start = time.perf_counter()
+    watch = Stopwatch()
     for file in index.files:
         descriptor, left = os.open(file, os.O_RDONLY), file.stat().st_size // share
         while left > 0:
             left -= os.readv(descriptor, [buffer[: min(left, READ_BYTES)]])
         os.close(descriptor)
-    read = time.perf_counter() - start
+    read = watch.read()
     sizes = [info.nbytes // share for info in index.tensors.values() if info.dtype in CODES]
     raw = torch.randint(0, 256, (max(sizes),), dtype=torch.uint8)
-    start = time.perf_counter()
+    watch = Stopwatch()
     for size in sizes:
         part = raw[:size]
         torch.stack((part & 15, part >> 4), dim=-1).view(torch.int8).sub_(8)
-    return read, time.perf_counter() - start
+    unpack = watch.read()
+    return read[0] + unpack[0], read[1] + unpack[1]
 
 
 class Rank:
@@ -133,16 +146,16 @@ def measure(path: Path, rank: int, size: int, threads: int, dtype: str, results:
     recipe = compose(["recipe=llm/local", *overrides])
     plan = make_plan(check(recipe, {"": open_index(path)}, read_capability(recipe)), "cpu")
     ops.npu_rms_norm(torch.ones(1, 8), torch.ones(8))
-    floor_s(path, size)  # warms the page cache and the allocator
-    floors = [floor_s(path, size)]
+    floor(path, size)  # warms the page cache and the allocator
+    floors = [floor(path, size)]
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    start = time.perf_counter()
+    watch = Stopwatch()
     model = load(plan, Rank(rank, size), lambda done, total: None)  # type: ignore[arg-type]
-    took = time.perf_counter() - start
+    took = watch.read()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    floors.append(floor_s(path, size))
-    read, unpack = (min(each) for each in zip(*floors, strict=True))
-    results.put((rank, took, read, unpack, peak, model.bytes_held()))
+    floors.append(floor(path, size))
+    mean = [sum(each) / len(floors) for each in zip(*floors, strict=True)]
+    results.put((took, mean, peak, model.bytes_held()))
 
 
 def main() -> None:
@@ -164,18 +177,16 @@ def main() -> None:
         print(f"{given.format} {kind} {total / 1e9:.2f} GB, tp {given.tp}, {given.threads} threads, {given.dtype}")
         context, results = mp.get_context("spawn"), mp.get_context("spawn").Queue()
         for rank in range(given.tp):
-            process = context.Process(
-                target=measure, args=(path, rank, given.tp, given.threads, given.dtype, results)
-            )
+            process = context.Process(target=measure, args=(path, rank, given.tp, given.threads, given.dtype, results))
             process.start()
             process.join()
             if process.exitcode:
                 sys.exit(process.exitcode)
-            _, took, read, unpack, peak, held = results.get()
+            took, base, peak, held = results.get()
             print(
-                f"  rank {rank}: load {took:6.2f} s, floor {read + unpack:5.2f} s (read {read:.2f}, unpack {unpack:.2f}), "
-                f"ratio {took / (read + unpack):5.2f}; peak {peak / 2**20:6.0f} MiB, held {held / 2**20:6.0f} MiB, "
-                f"over it {(peak - held) / 2**20:5.0f} MiB"
+                f"  rank {rank}: load {took[0]:6.2f} s ({took[1]:.2f} of processors), floor {base[0]:5.2f} s "
+                f"({base[1]:.2f}), ratio {took[0] / base[0]:5.2f} ({took[1] / base[1]:.2f}); peak {peak / 2**20:5.0f} "
+                f"MiB, held {held / 2**20:5.0f} MiB, over it {(peak - held) / 2**20:4.0f} MiB"
             )
 
 

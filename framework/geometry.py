@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Kind(StrEnum):
@@ -58,8 +59,7 @@ class Rect:
         return (self.n1 - self.n0) * (self.k1 - self.k0)
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(NamedTuple):
     """One weight of a model, as its family describes it, before any file or rank is known.
 
     `name` is the canonical Hugging Face module name (`model.layers.0.self_attn.q_proj`).
@@ -96,7 +96,7 @@ class Module:
         return self.kind in (Kind.LINEAR, Kind.EXPERTS)
 
     @property
-    def count(self) -> int:
+    def linears(self) -> int:
         """Linears that this module stands for."""
         return self.experts or 1
 
@@ -110,7 +110,7 @@ class Module:
     def expert(self, number: int) -> Module:
         """Return one expert's linear."""
         name = self.name.replace("*", str(number), 1)
-        # a plain call: dataclasses.replace takes ten times as long, and there can be 45,000
+        # a plain call: _replace takes twice as long, and there can be 45,000
         return Module(name, Kind.LINEAR, self.shape, self.split, self.axis, self.unit, self.bias, role=self.role)
 
     @property

@@ -22,7 +22,11 @@ def sources():
 
 
 def name_of(call):
-    return getattr(call.func, "id", None) or getattr(call.func, "attr", None)
+    return name_in(getattr(call, "func", None))
+
+
+def name_in(expression):
+    return getattr(expression, "id", None) or getattr(expression, "attr", None)
 
 
 def code_of(call, keyword, place):
@@ -98,10 +102,12 @@ def test_the_table_has_every_code_once_and_no_other():
 
 def test_a_code_ends_with_an_exit_status_that_the_table_gives_it():
     for path, tree in sources().items():
+        makers = {f.name: f for f in nodes(tree) if isinstance(f, ast.FunctionDef) and name_in(f.returns) == "Problem"}
         for kind, status in EXITS.items():
             for call in calls(tree, kind):
-                for problem in calls(call, "Problem"):
-                    for code in values(code_of(problem, "code", 0), None):
+                made = [makers[name_of(inner)] for inner in nodes(call)[1:] if name_of(inner) in makers]
+                for problem in chain.from_iterable(calls(part, "Problem") for part in (call, *made)):
+                    for code in values(code_of(problem, "code", 0), made[0] if made else None):
                         assert status in TABLE[code].exits, f"{path.name}:{problem.lineno} {code} ends with {status}"
 
 
@@ -122,5 +128,6 @@ def test_every_code_is_checked_for_by_a_test():
     for path in (ROOT / "tests").rglob("test_*.py"):
         if path != Path(__file__):
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            literals |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+            texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+            literals |= {word for text in texts if isinstance(text, str) for word in re.findall(r"[a-z0-9-]+", text)}
     assert sorted(set(TABLE) - literals) == []

@@ -58,7 +58,8 @@ def _info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:  # noqa:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise malformed(path, f"the entry of {name} lacks dtype, shape or data_offsets") from error
-    if not all(type(number) is int and 0 <= number < _MAX_EXTENT for number in (*shape, begin, end)):
+    numbers = (*shape, begin, end)
+    if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= _MAX_EXTENT:
         raise malformed(path, f"shape or offsets of {name} are no whole numbers below 2^48")
     if len(shape) > _MAX_DIMENSIONS:
         raise malformed(path, f"{name} has {len(shape)} dimensions")
@@ -93,7 +94,7 @@ def read_index(path: Path) -> Index:
             tensors[info.name] = info
     config = _config(path)
     if index_file and weight_map is not None:
-        _check_weight_map(index_file, weight_map, tensors)
+        _check_weight_map(index_file, weight_map, tensors, files)
     return Index(
         path,
         "safetensors",
@@ -185,10 +186,14 @@ def _weight_map(path: Path) -> dict[str, str]:
     return given
 
 
-def _check_weight_map(index_file: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+def _check_weight_map(
+    index_file: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo], files: list[Path]
+) -> None:
+    said = {file: Path(file).name for file in set(weight_map.values())}
+    names = {file: file.name for file in files}
     for name, file in weight_map.items():
         held = tensors.get(name)
-        if held is None or held.file.name != Path(file).name:
+        if held is None or names[held.file] != said[file]:
             where = f"it is in {held.file.name}" if held else "no file has it"
             raise InputError(
                 Problem("weight-map", f"the index says {name} is in {file}", str(index_file), where,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def rename(component: Component, folder: Path) -> Renamed:
         elif new in tensors:
             twice.append(f"{source[new]} and {name} are both {new}")
         else:
-            source[new], tensors[new] = name, replace(info, name=new)
+            source[new], tensors[new] = name, info._replace(name=new)
     if unknown or twice:
         raise Refused(_unnamed(folder, unknown, twice))
     entries = {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from framework.checkpoint.index import Index
 from framework.checkpoint.reader import Reader
@@ -55,10 +58,31 @@ def build_transformer(
 def empty_model(spec: DiffusionSpec, config: Mapping[str, Any]) -> nn.Module:
     """Return the diffusers model without weights (meta); its buffers are computed."""
     import diffusers
-    from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    _watch_parameters()
+    _BUILDING.empty = True
+    try:
         return cast("nn.Module", getattr(diffusers, spec.class_name).from_config(dict(config)))
+    finally:
+        _BUILDING.empty = False
+
+
+_BUILDING = threading.local()
+
+
+@cache
+def _watch_parameters() -> None:
+    """Register, once, the hook that drops the memory of parameters in a thread that builds an empty model.
+
+    torch's device context would also take the buffers, which nothing stores; a hook of the module sees which is which.
+    """
+    register_module_parameter_registration_hook(_dropped)
+
+
+def _dropped(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or not getattr(_BUILDING, "empty", False):
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _tensors(planned: PlannedModule, weights: RankWeights) -> dict[str, Tensor]:

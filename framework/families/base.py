@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from framework.geometry import Kind, Module, Role, Split
@@ -175,7 +175,7 @@ def modules(spec: DecoderSpec) -> Iterator[Module]:
             yield _norm(f"{layer}.post_feedforward_layernorm", spec.hidden)
     yield _norm("model.norm", spec.hidden)
     head = Module("lm_head", Kind.LINEAR, (spec.vocab, spec.hidden), Split.VOCAB, "vocab", role=Role.HEAD)
-    yield replace(head, tied_to=embed) if spec.tied else head
+    yield head._replace(tied_to=embed) if spec.tied else head
 
 
 def ignorable(name: str, spec: DecoderSpec) -> str | None:

@@ -47,7 +47,12 @@ def describe(config: Config) -> DecoderSpec:
         ) from error
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(
-            Problem("config-value", f"a value in the config is unusable: {error}", "config.json")
+            Problem(
+                "config-value",
+                f"a value in the config is unusable: {error}",
+                "config.json",
+                fix="use the config.json that was published with the weights",
+            )
         ) from error
 
 

@@ -79,7 +79,12 @@ def describe_transformer(config: Config) -> DiffusionSpec:
             raise ValueError("a size is below 1")
     except (TypeError, ValueError, IndexError) as error:
         raise InputError(
-            Problem("config-value", f"a value in the config of this {name} is unusable: {error}", "config.json")
+            Problem(
+                "config-value",
+                f"a value in the config of this {name} is unusable: {error}",
+                "config.json",
+                fix="use the config.json that was published with the weights",
+            )
         ) from error
     return spec
 

@@ -47,6 +47,7 @@ def rope_of(config: Config, parameters: Mapping[str, Any] | None = None) -> Rope
                 f"rotary embeddings of type {kind} cannot be run yet",
                 "config.json: rope_scaling",
                 "supported: default, linear, llama3, yarn",
+                "use a checkpoint with one of these",
             )
         )
 

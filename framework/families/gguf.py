@@ -48,6 +48,7 @@ def config_of(index: Index) -> dict[str, Any]:
                 f"GGUF files of architecture {arch} cannot be run yet",
                 f"{index.root}: general.architecture",
                 f"supported: {', '.join(sorted(ARCHITECTURES))}",
+                "use a file of a supported architecture",
             )
         )
     experts = int(meta.get(f"{arch}.expert_count", 0) or 0)
@@ -58,6 +59,7 @@ def config_of(index: Index) -> dict[str, Any]:
                 f"{arch} GGUF files with {experts} experts cannot be run yet",
                 f"{index.root}: {arch}.expert_count",
                 f"with experts: {', '.join(sorted(WITH_EXPERTS))}",
+                "use a file of a supported architecture",
             )
         )
 
@@ -139,6 +141,7 @@ def _same_in_all_layers(index: Index, name: str, value: Any) -> int:  # noqa: AN
                 f"{name} differs between layers",
                 f"{index.root}",
                 f"values {sorted(values)}; layers of one shape are supported",
+                "use a model whose layers are alike",
             )
         )
     return int(values.pop())
@@ -153,6 +156,7 @@ def _vocab(index: Index) -> int:
                 "the GGUF has no token_embd.weight",
                 str(index.root),
                 "every decoder needs one",
+                "re-convert the model",
             )
         )
     return embedding.shape[0]

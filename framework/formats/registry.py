@@ -65,6 +65,7 @@ def detect(index: Index, asked: str = "auto") -> tuple[str, str]:
                 f"there is no format {asked}",
                 "quantization.format",
                 f"known: {', '.join(('auto', *LAYOUTS))}",
+                "quantization.format=auto",
             )
         )
     found, why = _detect(index, asked)

@@ -46,9 +46,9 @@ def decode_words(
 ) -> QuantTensor:
     """Return a rectangle of a module's weight.
 
-    float: (code - zero) * scale in fp32 (exact for scales of 16 bits), rounded to `dtype`; any rectangle. Else a
-    symmetric file's codes int8 [N, K] around 0, another's as stored, uint8 with zero points; scales and zero points
-    fp32 [N, G]; `order` where groups follow g_idx, whose columns cannot be cut.
+    float: (code - zero) * scale in fp32 (exact for scales of 16 bits), rounded to `dtype`; any rectangle. Else codes
+    int8 [N, K] (-8..7 of 4 bits), scales fp32 [N, G], zero points too unless the file is symmetric; `order` where
+    groups follow g_idx, whose columns cannot be cut.
 
     Raises:
         Refused: `zero-points`, a symmetric file whose words say otherwise.
@@ -103,16 +103,14 @@ class _Source:
         group, order = self.held.group, self.order(rect)
         first, last = (rect.k0 // group, -(-rect.k1 // group)) if group else (0, 1)
         scale, zero = self.scales(rect, first, last), self.zeros(rect, first, last)
-        codes = torch.empty(n, k, dtype=torch.uint8)
+        codes = torch.empty(n, k, dtype=torch.int8)
         for rows, columns, chunk in self.chunks(rect):
-            codes[rows, columns] = chunk
+            codes[rows, columns] = chunk.view(torch.int8).add_(-self.half)
         if order is not None:
             # numpy's take: four times as fast as torch's
             codes = torch.from_numpy(codes.numpy().take(order.numpy(), axis=1))
-        if self.held.symmetric:
-            codes = codes.view(torch.int8).add_(-self.half)
-        offsets = None if self.held.symmetric else zero
-        return QuantTensor(codes, scale, offsets, group_size=group or k, bits=self.bits, order=order)
+        around = None if self.held.symmetric else zero - self.half
+        return QuantTensor(codes, scale, around, group_size=group or k, bits=self.bits, order=order)
 
     def info(self, suffix: str) -> TensorInfo:
         return self.index.tensors[f"{self.name}.{suffix}"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from typing import Any
 
 from framework.checkpoint.index import Index
-from framework.errors import Problem
+from framework.errors import InputError, Problem, nearest
 from framework.formats.base import FLOATS, Held, TensorSpec
 from framework.formats.names import stem
 from framework.formats.plain.layout import assumed_float, held_float
@@ -16,7 +17,6 @@ from framework.geometry import Kind, Module, Role
 
 SCHEMES = {4: "w4a16", 8: "w8a16"}
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "bias")
-MORE_NAMES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,16 +164,19 @@ def group_of(value: object, default: int = 128) -> int:
     return size if size > 0 else 0
 
 
-def odd_values(given: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> list[Problem]:
+def odd_values(given: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]], where: str) -> list[Problem]:
     """Problems `file-malformed`: keys of a config whose value has the wrong type, or is no width or group size."""
-    odd = [key for key, kind in kinds.items() if given.get(key) is not None and type(given[key]) is not kind]
-    odd += [key for key in ("group_size", "q_group_size") if type(given.get(key)) is int and given[key] < -1]
+    types = {key: kind if isinstance(kind, tuple) else (kind,) for key, kind in kinds.items()}
+    takes = {key: " or ".join(kind.__name__ for kind in kinds) for key, kinds in types.items()}
+    takes |= dict.fromkeys(("group_size", "q_group_size"), "a group size of 1 or more, or -1")
+    odd = [key for key, kind in types.items() if given.get(key) is not None and type(given[key]) not in kind]
+    odd += [key for key in ("group_size", "q_group_size") if type(size := given.get(key)) is int and -1 != size < 1]
     return [
         Problem(
             "file-malformed",
             f"{key} of the quantization is {given[key]!r:.60}",
             where,
-            f"it takes {'a group size of 1 or more, or -1' if 'group' in key else kinds[key].__name__}",
+            f"it takes {takes[key]}",
             "use the config that was written with these weights",
         )
         for key in dict.fromkeys(odd)
@@ -188,14 +191,29 @@ def feature(what: str, where: str, why: str, fix: str) -> Problem:
 def assumed_words(
     modules: Sequence[Module], scheme: str, options: Mapping[str, Any], packing: Packing
 ) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[str, Width | None]]:
-    """Return the tensors of a stand-in, and each quantizable module's width (None: float), by its name with `*`."""
+    """Return the tensors of a stand-in, and each quantizable module's width (None: float), by its name with `*`.
+
+    Raises:
+        InputError: `quant-type-unknown`, a scheme that is not kept in words; `pattern-syntax`.
+    """
     bits = {name: count for count, name in SCHEMES.items()}
+    rules = [(_pattern(str(rule["pattern"])), str(rule["scheme"])) for rule in options.get("layers", ())]
+    for unknown in {scheme, *(asked for _, asked in rules)} - {"float", *bits}:
+        near = nearest(unknown, bits)
+        raise InputError(
+            Problem(
+                "quant-type-unknown",
+                f"no checkpoint of this format holds scheme {unknown}",
+                "model.assume",
+                f"schemes: float, {', '.join(bits)}",
+                f"model.assume.scheme={near[0] if near else 'w4a16'}",
+            )
+        )
     width = Width(group=group_of(options.get("group_size")), symmetric=bool(options.get("symmetric", True)))
     made: list[tuple[str, str, tuple[int, ...]]] = []
     widths: dict[str, Width | None] = {}
     for module in modules:
-        rules = options.get("layers", ())
-        asked = next((rule["scheme"] for rule in rules if fnmatchcase(module.name, rule["pattern"])), scheme)
+        asked = next((given for pattern, given in rules if pattern.fullmatch(module.names()[0])), scheme)
         if not module.quantizable or module.role is not Role.NONE or asked not in bits:
             made += assumed_float(module)
             if module.quantizable:
@@ -206,3 +224,12 @@ def assumed_words(
             made += [(f"{name}.{suffix}", dtype, shape) for suffix, dtype, shape in shapes(*module.shape, own, packing)]
             made += [(f"{name}.bias", "F16", (module.shape[0],))] if module.bias else []
     return made, widths
+
+
+def _pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern))
+    except re.error as error:
+        raise InputError(
+            Problem("pattern-syntax", f"{pattern} is not a regular expression: {error}", "model.assume.layers")
+        ) from error

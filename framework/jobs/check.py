@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 
-from framework.jobs.common import command_of, emit, emit_json, open_checked, options
+from framework.jobs.common import command_of, emit, emit_json, open_checked, options, uncollected
 from framework.planning.check import Checked
 from framework.recipe.schema import Recipe
 from framework.report.check import check_markdown, check_text
 from framework.report.errors import format_problems
 
 
+@uncollected()
 def run(recipe: Recipe) -> int:
     """Check and report. Returns 0 when the recipe would run, else 1."""
     start = time.perf_counter()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,19 @@ from framework.recipe.sources import resolve
 from framework.report.progress import transfer_progress
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Put off collecting garbage: headers become a million objects, none of them garbage, walked again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@uncollected()
 def open_checked(recipe: Recipe, *, headers_only: bool = False) -> Checked:
     """Bring the model here if it is elsewhere, open its headers, check the recipe against them.
 
@@ -30,12 +45,12 @@ def open_checked(recipe: Recipe, *, headers_only: bool = False) -> Checked:
     Raises:
         UserError: the source cannot be had, or the headers cannot be read or understood.
     """
-    assume = recipe.model.assume
+    assume, kind, capability = recipe.model.assume, recipe.model.kind, read_capability(recipe)
     if headers_only and assume is not None and not Path(recipe.model.path).exists():
-        return check(recipe, assumed_indexes(assume, recipe.model.kind), read_capability(recipe))
+        return check(recipe, assumed_indexes(assume, kind), capability)
     with transfer_progress() as progress:
         path = resolve(recipe.model.path, sha256=recipe.model.sha256, progress=progress)
-    return check(recipe, open_indexes(Path(path), recipe.model.kind), read_capability(recipe))
+    return check(recipe, open_indexes(Path(path), kind), capability)
 
 
 def read_capability(recipe: Recipe) -> Capability:

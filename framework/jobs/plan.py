@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
 
 from framework.errors import InputError, Problem
 from framework.jobs import run_dir
-from framework.jobs.common import emit, emit_json, open_checked, options
+from framework.jobs.common import emit, emit_json, open_checked, options, uncollected
 from framework.planning.make import make_plan
 from framework.planning.memory import rank_weights, read_share
 from framework.planning.plan import Plan
@@ -18,6 +19,7 @@ from framework.report.against import against_markdown, against_text, difference,
 from framework.report.plan import plan_markdown, plan_text
 
 
+@uncollected()
 def run(recipe: Recipe) -> int:
     """Plan, write plan.json into the run directory, draw it, report it or what differs from another.
 
@@ -71,7 +73,8 @@ def _draw(path: Path, plan: Plan, status: dict[str, str]) -> None:
         partial.write_text(page, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise InputError(
             Problem(
                 "html-file",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -77,10 +77,12 @@ class RankWeights:
     def experts(self, *names: str) -> ParallelLinear:
         """Return the grouped layer of one projection of all experts, or of several over one input."""
         planned = [self.planned[name] for name in names]
-        held = planned[0].experts_on(self.group.rank)
-        decoded = [(p.scheme, [self._decode(p, e) for e in held]) for p in planned]
+        first = [self._decode(p, self._held(p)[0]) for p in planned]
+        # projections in activation order, which may differ from expert to expert, are not joined
+        alike = len({p.scheme for p in planned}) == 1 and all(w.order is None and fusable(first[0], w) for w in first)
+        groups = [(planned, first)] if alike else [([p], [weight]) for p, weight in zip(planned, first, strict=True)]
         layer = ParallelLinear(
-            [self._prepare_experts(scheme, weights) for scheme, weights in _fused_experts(decoded)],
+            [self._prepare_experts(group[0].scheme, self._one_by_one(group, begun)) for group, begun in groups],
             None,
             planned[0].split,
             self.group,
@@ -92,9 +94,18 @@ class RankWeights:
         self.prepared_bytes += layer.nbytes
         return layer
 
+    def _held(self, planned: PlannedModule) -> range:
+        return planned.experts_on(self.group.rank)
+
+    def _one_by_one(self, planned: list[PlannedModule], first: list[QuantTensor]) -> Iterator[QuantTensor]:
+        """Yield each expert's projections joined; those of the first are decoded already."""
+        yield concat(first)
+        for e in self._held(planned[0])[1:]:
+            yield concat([self._decode(p, e) for p in planned])
+
     def expert_range(self, name: str) -> tuple[int, int]:
         """Return the half-open range of experts that this rank holds."""
-        held = self.planned[name].experts_on(self.group.rank)
+        held = self._held(self.planned[name])
         return held.start, held.stop
 
     def matrix(self, name: str) -> Tensor:
@@ -172,7 +183,7 @@ class RankWeights:
         operands = scheme.prepare(weight, dtype=self.dtype, device=self.device)
         return Part(lambda x, apply=scheme.linear, held=operands: apply(x, held), operands.nbytes)
 
-    def _prepare_experts(self, scheme_name: str, weights: list[QuantTensor]) -> Part:
+    def _prepare_experts(self, scheme_name: str, weights: Iterable[QuantTensor]) -> Part:
         scheme = SCHEMES[scheme_name]
         operands = scheme.prepare_experts(weights, dtype=self.dtype, device=self.device)
         return Part(lambda x, counts, apply=scheme.grouped, held=operands: apply(x, counts, held), operands.nbytes)
@@ -210,13 +221,6 @@ class RankWeights:
     def _axis_sizes(self, axis: str, unit: int) -> list[int]:
         peer = next(m for m in self.plan.modules if m.module.axis == axis and m.split in (Split.COLUMN, Split.VOCAB))
         return [rect.shape[0] // peer.module.unit * unit for rect in peer.shards]
-
-
-def _fused_experts(decoded: list[tuple[str, list[QuantTensor]]]) -> list[tuple[str, list[QuantTensor]]]:
-    """Join the projections of each expert that have one scheme and kind."""
-    if len({scheme for scheme, _ in decoded}) > 1 or not all(fusable(decoded[0][1][0], w[0]) for _, w in decoded):
-        return decoded
-    return [(decoded[0][0], [concat(list(each)) for each in zip(*(w for _, w in decoded), strict=True)])]
 
 
 def _fused(weights: list[tuple[str, QuantTensor]]) -> list[tuple[str, QuantTensor]]:

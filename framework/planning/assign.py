@@ -70,9 +70,11 @@ def hold(part: Part) -> tuple[list[Held], list[Problem]]:
             continue
         each = [part.layout.held(module.expert(e), part.index) for e in range(module.experts)]
         form = _form(each[0])
-        if odd := [e for e, other in enumerate(each) if _form(other) != form]:
+        odd = [e for e, other in enumerate(each) if _form(other) != form]
+        # what the file lacks whole is the ledger's to say
+        if odd := [e for e in odd if any(spec.name in part.index.tensors for spec in each[e].tensors)]:
             problems.append(_differing(part, module, each, odd))
-        held.append(replace(each[0], tensors=tuple(spec for one in each for spec in one.tensors)))
+        held.append(each[0]._replace(tensors=tuple(spec for one in each for spec in one.tensors)))
     return held, problems
 
 
@@ -93,7 +95,12 @@ def assign(
             matchers.append((given, compile_pattern(given.pattern)))
         except re.error as error:
             problems.append(
-                Problem("pattern-syntax", f"{given.pattern} is not a regular expression: {error}", given.where)
+                Problem(
+                    "pattern-syntax",
+                    f"{given.pattern} is not a regular expression: {error}",
+                    given.where,
+                    fix="mend the expression   or   write a glob, without re:",
+                )
             )
     assigned: list[Assigned] = []
     matched: dict[Rule, list[str]] = {rule: [] for rule, _ in matchers}
@@ -111,7 +118,7 @@ def assign(
             assigned.append(Assigned(part, module, holding, "float", chosen))
     assigned, found = _online(assigned) if online else _offline(assigned)
     used = {entry.rule for entry in assigned}
-    names = [entry.name for entry in assigned]
+    names = [entry.name for entry in assigned if entry.module.quantizable]
     idle = [_unused(rule, hit, names) for rule, hit in matched.items() if rule not in used]
     return assigned, _distinct([*problems, *found, *idle])
 
@@ -181,13 +188,15 @@ def _online(assigned: list[Assigned]) -> tuple[list[Assigned], list[Problem]]:
             continue
         if entry.held.scheme != "float" or entry.part.format == "gguf":
             quantized.setdefault(entry.part.format, []).append(entry)
+            settled.append(entry)
+            continue
         if module.role is not Role.NONE:
             kept.setdefault(rule, []).append(entry.name)
             settled.append(entry)
             continue
         done.add(rule)
         group = online_group(rule.scheme, module.shape[1])
-        held = replace(entry.held, group=group, grain=(1, max(group, 1)))
+        held = entry.held._replace(group=group, grain=(1, max(group, 1)))
         settled.append(replace(entry, held=held, scheme=rule.scheme, mode="online"))
     for format_name, found in quantized.items():
         problems.append(
@@ -278,7 +287,7 @@ def _unused(rule: Rule, matched: list[str], names: list[str]) -> Problem:
         f"pattern {rule.pattern} matches no module of this model",
         rule.where,
         "patterns address Hugging Face module names, as globs or re:...",
-        f"nearest: {', '.join(like)}" if like else f"for example {names[min(1, len(names) - 1)]}",
+        f"nearest: {', '.join(like)}" if like else f"for example {names[0]}",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,14 @@ def _config(path: Path) -> Mapping[str, Any]:
         )
     config = read_json(path)
     if not isinstance(config, dict):
-        raise InputError(Problem("file-malformed", "the config is no JSON object", str(path)))
+        raise InputError(
+            Problem(
+                "file-malformed",
+                "the config is no JSON object",
+                str(path),
+                fix="use the config.json that was published with the weights",
+            )
+        )
     return config
 
 
@@ -96,6 +104,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return next((ours for ours, theirs in known if theirs == given), "")
 
 
+@lru_cache(maxsize=4096)
 def _nbytes(dtype: str, shape: tuple[int, ...], *, gguf: bool) -> int:
     if not gguf:
         return prod(shape) * DTYPE_BYTES[dtype]

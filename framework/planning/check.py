@@ -180,7 +180,7 @@ def _judge_all(
     uses, problems, notes = [], [], []
     row_of: dict[str, str] = {}
     for (asked, rule), entries in groups.items():
-        count = sum(entry.module.count for entry in entries)
+        count = sum(entry.module.linears for entry in entries)
         where = f"{rule.where}  pattern {rule.pattern}" if rule else "quantization.layers"
         verdict = judge(capability.table, asked, policy, modules=count, where=where)
         origin = rule.where if rule and rule.scheme != "auto" else "file"
@@ -308,7 +308,7 @@ def _refused(placed: list[Placed]) -> list[Problem]:
 
 def _fit_notes(placed: list[Placed]) -> list[str]:
     return [
-        f"{sum(one.assigned.module.count for one in group)} {scheme} modules ({group[0].assigned.name}): {reason}"
+        f"{sum(one.assigned.module.linears for one in group)} {scheme} modules ({group[0].assigned.name}): {reason}"
         for (scheme, reason), group in _by_reason(placed, refused=False).items()
     ]
 
@@ -316,7 +316,7 @@ def _fit_notes(placed: list[Placed]) -> list[str]:
 def _dequantized(assigned: list[Assigned]) -> list[str]:
     """Say what the recipe declares float and the file holds quantized."""
     count = sum(
-        entry.module.count
+        entry.module.linears
         for entry in assigned
         if entry.module.quantizable and entry.scheme == "float" and entry.held.scheme != "float"
     )

@@ -80,7 +80,7 @@ def cache_dtype(device: str, dtype: str) -> str:
 
 def _planned(placed: Placed, limits: Limits) -> PlannedModule:
     entry, fit = placed.assigned, placed.fit
-    module = replace(entry.module, bias=any(spec.role == "bias" for spec in entry.held.tensors))
+    module = entry.module._replace(bias=any(spec.role == "bias" for spec in entry.held.tensors))
     return PlannedModule(
         name=entry.name,
         module=module,

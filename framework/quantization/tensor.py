@@ -128,10 +128,18 @@ class QuantTensor:
 
 
 def concat(parts: list[QuantTensor]) -> QuantTensor:
-    """Stack weights of equal K and equal kind along N (fused q/k/v, gate/up); see `fusable`."""
-    first = parts[0]
+    """Stack weights of equal K and equal kind along N (fused q/k/v, gate/up); see `fusable`.
+
+    Raises:
+        ValueError: they are not of one kind, but that some have zero points and others need none.
+    """
     if len(parts) == 1:
-        return first
+        return parts[0]
+    if any(part.zero is not None for part in parts):
+        parts = [part if part.zero is not None else replace(part, zero=_zeros(part)) for part in parts]
+    first = parts[0]
+    if not all(fusable(first, part) for part in parts):
+        raise ValueError("weights of different kinds cannot be joined")
 
     def stack(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
@@ -140,6 +148,10 @@ def concat(parts: list[QuantTensor]) -> QuantTensor:
     stacked = {name: stack(name) for name in ("codes", "scale", "zero", "minimum", "outer")}
     rows = {name: torch.cat([part.rows[name] for part in parts]) for name in first.rows}
     return replace(first, **stacked, rows=rows)
+
+
+def _zeros(weight: QuantTensor) -> Tensor | None:
+    return None if weight.scale is None else torch.zeros_like(weight.scale)
 
 
 def fusable(a: QuantTensor, b: QuantTensor) -> bool:

@@ -6,13 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from framework.diffusion.pipeline import load_pipeline
 from framework.errors import InputError
 from framework.jobs.common import open_checked
-from framework.jobs.render import outputs
+from framework.jobs.render import LOADER, outputs
 from framework.planning.make import make_plan
 from framework.recipe.compose import compose, recipes_dir
-from tests.threads import on_ranks
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "diffusion" / "tiny-digits" / "reference.npz"
 QUANTIZED = (
@@ -22,7 +20,7 @@ QUANTIZED = (
 )
 
 
-def pictures(tp_size, *overrides):
+def pictures(session, tp_size, *overrides):
     given = np.load(REFERENCE)
     recipe = compose(["recipe=diffusion/digits", "runtime.dtype=float32", f"parallel.tp_size={tp_size}", *overrides])
     plan = make_plan(open_checked(recipe), "cpu")
@@ -32,23 +30,22 @@ def pictures(tp_size, *overrides):
         "num_inference_steps": int(given["num_inference_steps"]),
     }
 
-    def work(group):
-        pipeline = load_pipeline(plan, group, lambda done, total: None)
-        return list(pipeline.render(settings, int(given["seed"])))[-1]["frames"]
-
-    return on_ranks(tp_size, work)[0].astype(float) / 255
+    session.load(plan, loader=LOADER)
+    return list(session.stream("render", settings, int(given["seed"])))[-1]["frames"].astype(float) / 255
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
-def test_float_pictures_are_the_reference_s(tp_size):
+def test_float_pictures_are_the_reference_s(warm_session, tp_size):
     # two thousandths for the decoder (README of the golden files), half a step of 8 bits
-    assert np.abs(pictures(tp_size) - np.load(REFERENCE)["images"]).max() <= 2e-3 + 0.5 / 255
+    assert np.abs(pictures(warm_session, tp_size) - np.load(REFERENCE)["images"]).max() <= 2e-3 + 0.5 / 255
 
 
 @pytest.mark.slow
-def test_quantized_pictures_are_close():
-    error = np.square(pictures(2, *QUANTIZED) - np.load(REFERENCE)["images"]).mean()
+@pytest.mark.ray
+def test_quantized_pictures_are_close(warm_session):
+    error = np.square(pictures(warm_session, 2, *QUANTIZED) - np.load(REFERENCE)["images"]).mean()
     assert -10 * np.log10(error) >= 45.7  # 48.7 dB by the README, less 3
 
 

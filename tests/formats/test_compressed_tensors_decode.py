@@ -260,7 +260,7 @@ def test_a_scale_of_pairs_may_be_a_plain_fp32(made, tmp_path):
 def test_pairs_whose_compensation_is_not_that_of_their_codes_are_refused(made, scheme):
     module, index, _ = made("pairs of rows")
     info = index.tensors[f"{NAME}.bias"]
-    other = replace(index, tensors={**index.tensors, info.name: replace(info, offset=info.offset - 4)})
+    other = replace(index, tensors={**index.tensors, info.name: info._replace(offset=info.offset - 4)})
     with pytest.raises(Refused) as caught, Reader() as reader:
         ct.decode(module, module.full, scheme, other, reader)
     assert caught.value.problems[0].code == "compensation"
@@ -268,7 +268,7 @@ def test_pairs_whose_compensation_is_not_that_of_their_codes_are_refused(made, s
 
 def test_a_rank_reads_its_rows_and_its_words():
     index = open_index(GOLDEN / "tiny-qwen3" / "ct-w4a16-g128-asym-1l")
-    module = replace(linear(512, 256), name="model.layers.0.mlp.up_proj")
+    module = linear(512, 256)._replace(name="model.layers.0.mlp.up_proj")
     with Reader() as reader:
         ct.decode(module, Rect(128, 256, 0, 256), "w4a16", index, reader)
         # codes, 2 scales a row in bf16, 2 columns of words with 8 zero points

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from framework.checkpoint.index import Index
 from framework.errors import Problem
-from framework.formats.awq.layout import awq_faults, byte_order
+from framework.formats.awq.layout import EXCLUDED, awq_faults, byte_order, excluded
 from framework.formats.base import Assumed, Held, TensorSpec
 from framework.formats.declared import settings
-from framework.formats.gptq.layout import V1, V2, gptq_faults
+from framework.formats.gptq.layout import V1, V2, Kinds, contradictions, odd_rules, place, spellings, word_faults, zeros
+from framework.formats.gptq.rules import expression
 from framework.formats.plain.layout import ignorable_float
 from framework.formats.words import (
     Packing,
@@ -35,8 +36,11 @@ PACKINGS = {
     "gptqmodel": Packing("gptq", V2), "": Packing("gptq", V2), "exllamav2": Packing("gptq", V2),
     "tritonv2": Packing("gptq", V2), "auto_awq": Packing("awq"), "awq": Packing("awq"),
 }  # fmt: skip
-_KINDS = {"bits": int, "group_size": int, "sym": bool, "extra_config": dict}
-_EXPRESSION = re.compile(r"[*+?^$()\[\]{}|\\]")
+_OVERRIDES: Kinds = {"bits": int, "group_size": int, "sym": bool, "data_type": str, "act_bits": int}
+_BLOCKS = ("block_name_to_quantize", "to_quant_block_names")
+_KINDS: Kinds = {**_OVERRIDES, "extra_config": dict, **dict.fromkeys((EXCLUDED, *_BLOCKS), (str, list))}
+_OPERATORS = set("*+?^$()[]{}|\\")
+_ANYTHING = ".*"
 _TRANSFORMS = ("rotation_config", "spinquant_config")
 
 
@@ -69,8 +73,9 @@ class AutoRoundLayout:
 
     def faults(self, modules: Sequence[Module], index: Index) -> list[Problem]:
         """Other packings and data types, quantized activations, transforms, widths without a row."""
-        given, where = settings(index, self.name), f"{index.root.name}: quantization_config"
-        problems = odd_values(given, _KINDS, where)
+        given, where = settings(index, self.name), place(index, self.name)
+        extra = _extra(given)
+        problems = odd_values(given, _KINDS, where) + odd_rules(given, "extra_config", _OVERRIDES, where)
         packing = _packing_name(given)
         if packing not in PACKINGS:
             problems.append(
@@ -78,24 +83,28 @@ class AutoRoundLayout:
                         f"read are {', '.join(name or 'native' for name in PACKINGS)}",
                         "export with --format auto_round:auto_gptq")
             )  # fmt: skip
-        if str(given.get("data_type") or "int") != "int":
+        coded = [values for values in (given, *extra.values()) if number(_of(values, "bits"), 0) < FLOAT_BITS]
+        types = {said for values in coded if isinstance(said := _of(values, "data_type"), str)} - {"", "int"}
+        if types:
             problems.append(
-                feature(f"auto-round data type {given['data_type']} has no row in the support table", where,
+                feature(f"auto-round data type {', '.join(sorted(types))} has no row in the support table", where,
                         "integer codes of 4 and 8 bits are run", "quantize with data type int")
             )  # fmt: skip
-        if number(given.get("act_bits"), FLOAT_BITS) < FLOAT_BITS:
+        inputs = min((number(_of(values, "act_bits"), FLOAT_BITS) for values in coded), default=FLOAT_BITS)
+        if inputs < FLOAT_BITS:
             problems.append(
-                feature(f"activations of {given['act_bits']} bits are asked for", where,
+                feature(f"activations of {inputs} bits are asked for", where,
                         "rows of auto-round are weight-only", "quantize with act_bits 16")
             )  # fmt: skip
         problems += [
             feature(f"{key} transforms weights and activations", where, "its tensors are not applied here",
                     f"quantize without {key}")
-            for key in _TRANSFORMS if given.get(key)
+            for key in _TRANSFORMS if any(_of(values, key) for values in (given, *extra.values()))
         ]  # fmt: skip
         widths = {module.name: width_of(module, index) for module in linears(modules)}
         along = PACKINGS.get(packing, PACKINGS["auto"]).along
-        return problems + (awq_faults if along == "awq" else gptq_faults)(modules, index, widths, where)
+        problems += contradictions(index, self.name)
+        return problems + (awq_faults if along == "awq" else word_faults)(modules, index, widths, where)
 
     def stand_in(self, modules: Sequence[Module], scheme: str, options: dict[str, Any]) -> Assumed:
         """Return the headers that auto-round would write in its GPTQ packing."""
@@ -113,24 +122,21 @@ class AutoRoundLayout:
 
 def packing_of(index: Index, width: Width | None) -> Packing:
     """Return where the words of a checkpoint run and how their fields are to be read."""
-    packing = PACKINGS.get(_packing_name(settings(index, "auto_round")), PACKINGS["auto"])
-    return replace(packing, variant=byte_order(index, width)) if packing.along == "awq" else packing
+    given = settings(index, "auto_round")
+    packing = PACKINGS.get(_packing_name(given), PACKINGS["auto"])
+    if packing.along == "awq":
+        return replace(packing, variant=byte_order(index, width))
+    return replace(packing, variant=V2) if zeros(given) == V2 else packing
 
 
 def width_of(module: Module, index: Index) -> Width | None:
     """Return a module's width: its own entry, a pattern's, or that of all blocks; None: float."""
     given = settings(index, "auto_round")
-    base = _base(given)
-    extra = given.get("extra_config")
-    extra = extra if isinstance(extra, Mapping) else {}
-    own = extra.get(module.name)
-    if own is None:
-        own = next((values for pattern, values in _patterns(index) if pattern.fullmatch(module.name)), None)
-    if own is None:
-        own = next((values for pattern, values in _patterns(index) if pattern.search(module.name)), None)
-    if not isinstance(own, Mapping):
-        outside = module.role is Role.HEAD or not _in_blocks(module.name, given)
-        return None if outside else base
+    base, names = _base(given), spellings(module, index)
+    own = _entry(names, index)
+    outside = module.role is Role.HEAD or not _in_blocks(names, given) or excluded(module, index, given)
+    if outside and not own:
+        return None
     bits = number(own.get("bits"), base.bits)
     if bits >= FLOAT_BITS:
         return None
@@ -138,26 +144,78 @@ def width_of(module: Module, index: Index) -> Width | None:
     return Width(bits, group_of(own.get("group_size"), base.group or -1), symmetric)
 
 
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """A key of extra_config that is an expression.
+
+    `inner` is what the tool puts between `.*` and `.*`, where it is plain text: found ten times as fast.
+    """
+
+    pattern: re.Pattern[str]
+    inner: str
+    values: Mapping[str, Any]
+
+    def whole(self, name: str) -> bool:
+        return self.inner in name if self.inner else self.pattern.fullmatch(name) is not None
+
+    def part(self, name: str) -> bool:
+        return not self.inner and self.pattern.search(name) is not None
+
+
+def _entry(names: Sequence[str], index: Index) -> Mapping[str, Any]:
+    """Return what extra_config says of a module: by name, by an expression for all of it, for a part of it.
+
+    An empty entry says nothing, as in the tool's own loader.
+    """
+    extra = _extra(settings(index, "auto_round"))
+    for name in names:
+        if isinstance(own := extra.get(name), Mapping) and own:
+            return own
+    rules = _rules(index)
+    whole = (rule.values for name in names for rule in rules if rule.whole(name))
+    part = (rule.values for name in names for rule in rules if rule.part(name))
+    return next(whole, None) or next(part, {})
+
+
 @lru_cache(maxsize=8)
-def _patterns(index: Index) -> tuple[tuple[re.Pattern[str], Any], ...]:
+def _rules(index: Index) -> tuple[_Rule, ...]:
     """The keys of extra_config that are expressions; names that are none never match anything but themselves."""
-    extra = settings(index, "auto_round").get("extra_config")
-    found = []
-    for key, values in extra.items() if isinstance(extra, Mapping) else ():
-        if _EXPRESSION.search(str(key)):
-            try:
-                found.append((re.compile(str(key)), values))
-            except re.error:
-                continue
-    return tuple(found)
+    return tuple(_compiled(_extra(settings(index, "auto_round"))))
 
 
-def _in_blocks(name: str, given: Mapping[str, Any]) -> bool:
-    blocks = given.get("block_name_to_quantize") or given.get("to_quant_block_names")
-    if not blocks:
-        return True
-    names = blocks.split(",") if isinstance(blocks, str) else [str(block) for block in blocks]
-    return any(name.startswith(f"{block.strip()}.") for block in names)
+def _compiled(extra: Mapping[str, Any]) -> Iterator[_Rule]:
+    for key, values in extra.items():
+        if not _OPERATORS & set(key) or not isinstance(values, Mapping) or not values:
+            continue
+        wrapped = len(key) > 2 * len(_ANYTHING) and key.startswith(_ANYTHING) and key.endswith(_ANYTHING)
+        inner = key[len(_ANYTHING) : -len(_ANYTHING)].replace(r"\.", "\0") if wrapped else "."
+        plain = not (_OPERATORS | {"."}) & set(inner)
+        if (pattern := expression(key)) is not None:
+            yield _Rule(pattern, inner.replace("\0", ".") if plain else "", values)
+
+
+def _extra(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    extra = given.get("extra_config")
+    return extra if isinstance(extra, Mapping) else {}
+
+
+def _of(values: object, key: str) -> Any:  # noqa: ANN401
+    return values.get(key) if isinstance(values, Mapping) else None
+
+
+def _in_blocks(names: Sequence[str], given: Mapping[str, Any]) -> bool:
+    blocks = next((given[key] for key in _BLOCKS if given.get(key)), None)
+    listed = list(_flat(blocks))
+    return not listed or any(name.startswith(f"{block}.") for block in listed for name in names)
+
+
+def _flat(blocks: object) -> Iterator[str]:
+    """Block names from a list, a list of lists or one text with commas."""
+    if isinstance(blocks, str):
+        yield from (block.strip().rstrip(".") for block in blocks.split(","))
+    elif isinstance(blocks, list):
+        for block in blocks:
+            yield from _flat(block)
 
 
 def _base(given: Mapping[str, Any]) -> Width:
@@ -165,8 +223,9 @@ def _base(given: Mapping[str, Any]) -> Width:
 
 
 def _packing_name(given: Mapping[str, Any]) -> str:
-    text = str(given.get("packing_format") or "auto_round:auto_gptq")
-    return text.removeprefix("auto_round").removeprefix(":")
+    backend = str(given.get("backend") or "")
+    unsaid = "awq" if "awq" in backend and "gptq" not in backend else "auto_gptq"
+    return str(given.get("packing_format") or unsaid).removeprefix("auto_round").removeprefix(":")
 
 
 def _pattern(name: str) -> str:

@@ -9,7 +9,20 @@ from framework.checkpoint.index import Index
 from framework.errors import Problem
 from framework.formats.base import Assumed, Held, TensorSpec
 from framework.formats.declared import settings
-from framework.formats.gptq.rules import overridden
+from framework.formats.gptq.layout import (
+    OVERRIDES,
+    Kinds,
+    contradictions,
+    is_part,
+    left_out,
+    odd_rules,
+    place,
+    ruled,
+    spellings,
+    word_faults,
+)  # fmt: skip
+from framework.formats.gptq.rules import rules_for
+from framework.formats.names import stem
 from framework.formats.plain.layout import ignorable_float
 from framework.formats.words import (
     Packing,
@@ -18,20 +31,19 @@ from framework.formats.words import (
     feature,
     group_of,
     held_words,
+    is_quantized,
     linears,
     number,
     odd_values,
-    stray,
-    stray_problems,
-    without_codes,
 )  # fmt: skip
-from framework.geometry import Module
+from framework.geometry import Module, Role
 
 # Families of word layouts; only this one is read.
 GEMM = ("gemm", "awq", "")
-BYTE_ORDERS = ("natural", "interleaved")
 OPTION = "awq_byte_order"
-_KINDS = {"bits": int, "w_bit": int, "group_size": int, "q_group_size": int, "zero_point": bool, "dynamic": dict}
+EXCLUDED = "modules_to_not_convert"
+_KINDS: Kinds = {"bits": int, "w_bit": int, "group_size": int, "q_group_size": int, "zero_point": bool, "dynamic": dict,
+                 EXCLUDED: (str, list)}  # fmt: skip
 
 
 class AwqLayout:
@@ -62,26 +74,29 @@ class AwqLayout:
 
     def faults(self, modules: Sequence[Module], index: Index) -> list[Problem]:
         """Other word layouts, widths without a row, 8-bit codes whose byte order nobody says."""
-        given, where = settings(index, self.name), f"{index.root.name}: quantization_config"
-        problems = odd_values(given, _KINDS, where)
+        given, where = settings(index, self.name), place(index, self.name)
+        problems = odd_values(given, _KINDS, where) + odd_rules(given, "dynamic", OVERRIDES, where)
         version = str(given.get("version") or given.get("format") or given.get("checkpoint_format") or "").lower()
         if version not in GEMM:
             problems.append(
                 feature(f"AWQ version {version} is another layout of the words", where, "version gemm is read",
                         "convert the checkpoint to version gemm")
             )  # fmt: skip
-        return problems + awq_faults(modules, index, {m.name: _width(m, index) for m in linears(modules)}, where)
+        widths = {module.name: _width(module, index) for module in linears(modules)}
+        return problems + contradictions(index, self.name) + awq_faults(modules, index, widths, where)
 
     def stand_in(self, modules: Sequence[Module], scheme: str, options: dict[str, Any]) -> Assumed:
         """Return the headers that AutoAWQ (4 bits) or GPTQModel (8 bits) would write."""
-        made, widths = assumed_words(modules, scheme, options, Packing("awq"))
+        made, widths = assumed_words(modules, scheme, {"symmetric": False, **options}, Packing("awq"))
         quantized = [width for width in widths.values() if width]
         base = quantized[0] if quantized else Width()
-        config = {
+        config: dict[str, Any] = {
             "quant_method": "awq", "bits": base.bits, "group_size": base.group or -1, "version": "gemm",
-            "zero_point": True, "modules_to_not_convert": [name for name, width in widths.items() if width is None],
+            "zero_point": not base.symmetric,
+            EXCLUDED: [module.name for module in modules if module.quantizable and module.role is not Role.NONE],
+            "dynamic": rules_for(widths, base.bits) | left_out(modules, widths),
         }  # fmt: skip
-        if base.bits == 8:
+        if any(width.bits == 8 for width in quantized):
             config["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
         return Assumed(tuple(made), {}, {"quantization_config": config})
 
@@ -106,19 +121,32 @@ def byte_order(index: Index, width: Width | None) -> str:
     return "natural" if "gptqmodel" in str(writers) else ""
 
 
+def excluded(module: Module, index: Index, given: Mapping[str, Any]) -> bool:
+    """Whether modules_to_not_convert keeps a module float that has no codes in the file.
+
+    Entries are whole parts of a name. AutoAWQ looks for them anywhere in it, relative to the layer: that explains
+    float weights, which the file then has, and is no reason to leave out codes.
+    """
+    entries, names = given.get(EXCLUDED), spellings(module, index)
+    if not isinstance(entries, str | list) or is_quantized(module, index):
+        return False
+    entries = [entries] if isinstance(entries, str) else entries
+    if f"{stem(module, index)}.weight" in index.tensors:
+        return any(isinstance(entry, str) and entry and entry in name for name in names for entry in entries)
+    return any(is_part(entry, names) for entry in entries)
+
+
 def awq_faults(
     modules: Sequence[Module], index: Index, widths: Mapping[str, Width | None], where: str
 ) -> list[Problem]:
-    """What is wrong with codes in AWQ's words, whoever declares them."""
-    found: dict[str, list[str]] = {}
-    unsaid = []
-    for module in linears(modules):
-        width = widths[module.name]
-        if reason := stray(module, index, width):
-            found.setdefault(reason, []).append(module.name)
-        elif held_words(module, index, width, Packing("awq")).scheme == "w8a16" and not byte_order(index, width):
-            unsaid.append(module.name)
-    problems = [*without_codes(modules, index, where), *stray_problems(found, where)]
+    """What is wrong with codes in AWQ's words, whoever declares them: word_faults, and `awq-byte-order`."""
+    problems = word_faults(modules, index, widths, where)
+    unsaid = [
+        module.name
+        for module in linears(modules)
+        if (width := widths[module.name]) and width.bits == 8 and not byte_order(index, width)
+        and is_quantized(module, index)
+    ]  # fmt: skip
     if unsaid:
         problems.append(
             Problem(
@@ -134,4 +162,7 @@ def awq_faults(
 
 def _width(module: Module, index: Index) -> Width | None:
     given = settings(index, "awq")
-    return overridden(module.name, declared_width(given), given.get("dynamic"))
+    # writers leave the head float without listing it
+    if (module.role is Role.HEAD and given.get("lm_head") is not True) or excluded(module, index, given):
+        return None
+    return ruled(module, index, declared_width(given), given.get("dynamic"))

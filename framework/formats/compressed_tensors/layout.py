@@ -174,7 +174,7 @@ def _as_stored(spec: TensorSpec, index: Index) -> TensorSpec:
     """A single value may have no or more dimensions."""
     info = index.tensors.get(spec.name)
     single = spec.shape == (1,) and info is not None and set(info.shape) <= {1}
-    return replace(spec, shape=info.shape) if info is not None and single else spec
+    return spec._replace(shape=info.shape) if info is not None and single else spec
 
 
 def _as_found(module: Module, index: Index) -> Held:

@@ -155,7 +155,12 @@ def _pattern(pattern: str) -> re.Pattern[str]:
         return re.compile(f"(?:{pattern[3:]})\\Z" if pattern.startswith("re:") else translate(pattern))
     except re.error as error:
         raise InputError(
-            Problem("pattern-syntax", f"{pattern} is not a regular expression: {error}", "model.assume.layers")
+            Problem(
+                "pattern-syntax",
+                f"{pattern} is not a regular expression: {error}",
+                "model.assume.layers",
+                fix="mend the expression   or   write a glob, without re:",
+            )
         ) from error
 
 

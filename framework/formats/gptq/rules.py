@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
+from framework.errors import Problem
 from framework.formats.words import Width, group_of, number
 
 _OPERATORS = set("*+?^$()[]{}|")
@@ -26,11 +27,20 @@ def overridden(name: str, base: Width, dynamic: object) -> Width | None:
         return replace(
             base,
             bits=number(given.get("bits"), base.bits),
-            group=group_of(given["group_size"]) if "group_size" in given else base.group,
+            group=group_of(given.get("group_size"), base.group or -1),
             symmetric=given["sym"] if isinstance(given.get("sym"), bool) else base.symmetric,
             order=given["desc_act"] if isinstance(given.get("desc_act"), bool) else base.order,
         )
     return base
+
+
+def rules_for(widths: Mapping[str, Width | None], bits: int) -> dict[str, dict[str, int]]:
+    """Return the rules of modules (by name, `*` for the experts' numbers) that have other than `bits`."""
+    return {
+        name.replace(".", r"\.").replace("*", r"\d+"): {"bits": width.bits}
+        for name, width in widths.items()
+        if width and width.bits != bits
+    }
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -38,21 +48,34 @@ def _matches(pattern: str, name: str) -> bool:
     return bool(compiled is not None and compiled.match(name))
 
 
-@lru_cache(maxsize=512)
 def _compiled(pattern: str) -> re.Pattern[str] | None:
     """A pattern without operators is the whole name; others match from its start; None: no expression at all."""
     literal = pattern.replace("\\.", ".")
     if not _OPERATORS & set(literal) and "\\" not in literal:
-        return re.compile(re.escape(literal) + r"\Z")
+        return expression(re.escape(literal) + r"\Z")
+    return expression(pattern)
+
+
+@lru_cache(maxsize=512)
+def expression(pattern: str) -> re.Pattern[str] | None:
+    """Return a compiled regular expression, None if it is none."""
     try:
         return re.compile(pattern)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return None
 
 
-def broken(dynamic: object) -> list[str]:
-    """Return the patterns that are no regular expressions."""
-    if not isinstance(dynamic, Mapping):
-        return []
-    texts = [str(pattern) for pattern in dynamic]
-    return [text for text in texts if _compiled(text[2:] if text[:2] in ("-:", "+:") else text) is None]
+def broken(rules: object, key: str, where: str) -> list[Problem]:
+    """Problems `file-malformed`: patterns of `key` that are no regular expressions."""
+    texts = [str(pattern) for pattern in rules] if isinstance(rules, Mapping) else []
+    return [
+        Problem(
+            "file-malformed",
+            f"the rule {text!r:.80} of {key} is no regular expression",
+            where,
+            "modules that it means would get the width of all others",
+            "use the config that was written with these weights",
+        )
+        for text in texts
+        if _compiled(text[2:] if text[:2] in ("-:", "+:") else text) is None
+    ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from framework.checkpoint.index import Index, TensorInfo
 from framework.checkpoint.reader import Reader
+from framework.errors import Problem, Refused
 from framework.formats.modelslim.layout import entry, factor
 from framework.formats.modelslim.types import TYPES, QuantType
 from framework.formats.plain import decode as plain
@@ -28,7 +29,11 @@ def decode(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> QuantTensor:
-    """Return a rectangle of a module's weight; its values in `dtype` where the scheme is float."""
+    """Return a rectangle of a module's weight; its values in `dtype` where the scheme is float.
+
+    Raises:
+        Refused: `format-feature`, a second scale with an offset.
+    """
     name, label = entry(module, index)
     kind = TYPES.get(label) if module.kind is Kind.LINEAR else None
     if kind is None:
@@ -145,11 +150,27 @@ def _quantized(module: Module, rect: Rect, kind: QuantType, source: _Source) -> 
         scale = source.rows("weight_scale", rect.n0, rect.n1).float()[:, first]
         if two_stage:
             scale = scale * source.rows("weight_scale_second", rect.n0, rect.n1, g0, g1).float()
+            _no_second_offset(source, rect)
         if source.info("weight_offset"):
             offset = source.rows("weight_offset", rect.n0, rect.n1).float()[:, first]
             zero = offset if bool(offset.any()) else None
     size = group if group < module.shape[1] else rect.k1 - rect.k0
     return QuantTensor(codes, scale, zero, group_size=size, bits=kind.bits, rows=rows, columns=columns, whole=whole)
+
+
+def _no_second_offset(source: _Source, rect: Rect) -> None:
+    """Refuse offsets of the second stage, which the tool writes as zeros and no operator takes."""
+    info = source.info("weight_offset_second")
+    if info is not None and bool(source.rows("weight_offset_second", rect.n0, rect.n1).any()):
+        raise Refused(
+            Problem(
+                "format-feature",
+                f"{info.name} is not zero",
+                info.file.name,
+                "codes of two stages are symmetric in the second",
+                "quantize symmetrically",
+            )
+        )
 
 
 def _deq_scale(source: _Source) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from fnmatch import translate
 from functools import lru_cache
 from math import gcd
@@ -16,13 +15,14 @@ from framework.errors import InputError, Problem, nearest
 from framework.formats.base import FLOATS, Assumed, Held, TensorSpec
 from framework.formats.declared import DESCRIPTION
 from framework.formats.modelslim.description import canonical, described, malformed, place
-from framework.formats.modelslim.types import FLOAT, REFUSED, TYPES, QuantType, Tensor, shape_of
+from framework.formats.modelslim.types import FLOAT, GROUPED_BY, REFUSED, TYPES, QuantType, shape_of
 from framework.formats.names import stem
 from framework.formats.plain.layout import assumed_float, held_float, ignorable_float
 from framework.geometry import Kind, Module, Role
 
 OUTER_BLOCK = 512  # input features that share an outer scale of two-level MX
 TYPE_OF = {kind.scheme: name for name, kind in TYPES.items()}
+_SUFFIXES = dict.fromkeys(t.suffix for kind in TYPES.values() for t in (*kind.tensors, *kind.optional)) | {"bias": None}
 # The smoothed linear of a module stands under `.linear.`, the factor of its input beside it.
 INNER = ".linear"
 FACTORS = ("div.mul_scale", "mul_scale")
@@ -67,8 +67,10 @@ class ModelslimLayout:
         if module.kind is not Kind.LINEAR:
             return held_float(module, index)
         name, label = entry(module, index)
-        kind = TYPES.get(label)
-        return _float(module, name, index) if kind is None else _quantized(module, name, label, kind, index)
+        kind, weight = TYPES.get(label), index.tensors.get(f"{name}.weight")
+        if weight is not None and (weight.dtype in FLOATS) != (kind is None):
+            return _as_found(name, label, index)
+        return _float(module, name, index) if kind is None else _quantized(module, name, label, index)
 
     def stacked(self, module: Module, index: Index) -> bool:
         """Every expert has tensors of its own."""
@@ -133,50 +135,67 @@ def _float(module: Module, name: str, index: Index) -> Held:
     held = held_float(module, index)
     if module.bias or f"{name}.bias" not in index.tensors:
         return held
-    return replace(held, tensors=(*held.tensors, TensorSpec("bias", f"{name}.bias", (module.shape[0],), FLOATS)))
+    return held._replace(tensors=(*held.tensors, TensorSpec("bias", f"{name}.bias", (module.shape[0],), FLOATS)))
 
 
-def _quantized(module: Module, name: str, label: str, kind: QuantType, index: Index) -> Held:
+def _as_found(name: str, label: str, index: Index) -> Held:
+    """A linear unlike its entry: what the file has of it counts as used, so that only `faults` speaks of it."""
+    infos = [info for suffix in _SUFFIXES if (info := index.tensors.get(f"{name}.{suffix}"))]
+    specs = (TensorSpec(info.name.removeprefix(f"{name}."), info.name, info.shape, (info.dtype,)) for info in infos)
+    return Held("float", tuple(specs), label)
+
+
+def _quantized(module: Module, name: str, label: str, index: Index) -> Held:
     n, k = module.shape
-    groups = _groups(name, kind, k, index)
+    groups = _groups(name, label, k, index)
     entries, tensors = described(index), index.tensors
-    specs = [_spec(tensor, name, n, k, groups, index) for tensor in kind.tensors]
-    for tensor in kind.optional:
-        full = f"{name}.{tensor.suffix}"
-        if full in tensors or full in entries:
-            specs.append(_spec(tensor, name, n, k, groups, index))
+    specs = []
+    for suffix, shapes, dtypes, optional in _forms(label, n, k, groups):
+        full = f"{name}.{suffix}"
+        info = tensors.get(full)
+        if optional and info is None and full not in entries:
+            continue
+        shape = info.shape if info is not None and info.shape in shapes else shapes[0]
+        specs.append(TensorSpec(suffix, full, shape, dtypes))
     if module.bias or f"{name}.bias" in tensors:
         specs.append(TensorSpec("bias", f"{name}.bias", (n,), FLOATS))
     if (scaled := factor(module, index)) is not None:
         specs.append(TensorSpec("mul_scale", scaled, (k,), FLOATS))
+    return Held(TYPES[label].scheme, tuple(specs), *_terms(label, n, k, groups, specs[0].shape))
+
+
+@lru_cache(maxsize=1024)
+def _terms(
+    label: str, n: int, k: int, groups: int, stored: tuple[int, ...]
+) -> tuple[str, int, tuple[str, ...], tuple[int, int], bool]:
+    """Return label, group, further schemes, grain and symmetry of linears of a shape, whose codes are `stored`."""
+    kind = TYPES[label]
     group = kind.block or (-(-k // groups) if groups > 1 else 0)
-    first = specs[0].shape
-    columns = OUTER_BLOCK if kind.scheme == "mxfp4_dualscale" else max(group, 2 if first[1] * 2 == k else 1)
-    grain = (2 if first[0] * 2 == n else 1, columns)
+    columns = OUTER_BLOCK if kind.scheme == "mxfp4_dualscale" else max(group, 2 if stored[1] * 2 == k else 1)
+    grain = (2 if stored[0] * 2 == n else 1, columns)
     said = f"{label}, groups of {group}" if group and not kind.block else label
-    symmetric = kind.scheme not in ("w4a16", "w8a16")
-    return Held(kind.scheme, tuple(specs), said, group, kind.serves, grain, symmetric)
+    return said, group, kind.serves, grain, kind.scheme not in ("w4a16", "w8a16")
 
 
-def _groups(name: str, kind: QuantType, k: int, index: Index) -> int:
+def _groups(name: str, label: str, k: int, index: Index) -> int:
     """Scales of a row, as the file has them; 1 where groups of K / scales would not be whole."""
-    if kind.block:
+    suffix = GROUPED_BY[label]
+    info = index.tensors.get(f"{name}.{suffix}") if suffix else None
+    if info is None or len(info.shape) != 2:
         return 1
-    for suffix in ("weight_scale_second", "weight_scale"):
-        info = index.tensors.get(f"{name}.{suffix}")
-        if info is not None and len(info.shape) == 2:
-            groups = info.shape[1]
-            return groups if groups and k % groups == 0 else 1
-    return 1
+    groups = info.shape[1]
+    return groups if groups and k % groups == 0 else 1
 
 
-def _spec(tensor: Tensor, name: str, n: int, k: int, groups: int, index: Index) -> TensorSpec:
-    full = f"{name}.{tensor.suffix}"
-    shape = shape_of(tensor.shapes[0], n, k, groups)
-    if len(tensor.shapes) > 1 and (info := index.tensors.get(full)) is not None and info.shape != shape:
-        others = (shape_of(notation, n, k, groups) for notation in tensor.shapes[1:])
-        shape = next((other for other in others if other == info.shape), shape)
-    return TensorSpec(tensor.suffix, full, shape, tensor.dtypes)
+@lru_cache(maxsize=1024)
+def _forms(label: str, n: int, k: int, groups: int) -> list[tuple[str, list[tuple[int, ...]], tuple[str, ...], bool]]:
+    """Return suffix, shapes, dtypes and whether it may be absent, of each tensor that linears of this shape have."""
+    kind = TYPES[label]
+    return [
+        (tensor.suffix, [shape_of(notation, n, k, groups) for notation in tensor.shapes], tensor.dtypes, optional)
+        for tensors, optional in ((kind.tensors, False), (kind.optional, True))
+        for tensor in tensors
+    ]
 
 
 def _linears(modules: Sequence[Module]) -> Iterator[Module]:
@@ -322,7 +341,12 @@ def _pattern(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern))
     except re.error as error:
         raise InputError(
-            Problem("pattern-syntax", f"{pattern} is not a regular expression: {error}", "model.assume.layers")
+            Problem(
+                "pattern-syntax",
+                f"{pattern} is not a regular expression: {error}",
+                "model.assume.layers",
+                fix="mend the expression   or   write a glob, without re:",
+            )
         ) from error
 
 

@@ -84,6 +84,11 @@ TYPES: dict[str, QuantType] = {
     ),
 }  # fmt: skip
 FLOAT = "FLOAT"
+# The tensor of each whose columns are the groups of a row; empty where rows have none.
+GROUPED_BY = {
+    name: next((tensor.suffix for tensor in (*kind.optional, *kind.tensors) if "N G" in tensor.shapes), "")
+    for name, kind in TYPES.items()
+}
 # Values that the tool or its readers know and nobody here can run, and why.
 REFUSED = {
     "WFP8AFP8_DYNAMIC": "fp8 with one scale a row has no row in the support table",

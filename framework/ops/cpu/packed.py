@@ -21,8 +21,8 @@ _LARGEST_BLOCK = 64
 _DEQUANTIZE_FROM_ROWS = 96
 # Weights dequantized at a time: 1 MB of fp32, which the matmul then reads from the cache.
 _CHUNK_DEQUANTIZED = 1 << 18
-# Weights packed at a time: torch wants them as int32, 16 MB.
-_CHUNK_PACKED = 1 << 22
+# Weights packed at a time.
+_CHUNK_PACKED = 1 << 18
 _SIXTEEN_BYTES = torch.complex128
 
 
@@ -85,17 +85,24 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> CpuWeight:
         high = torch.stack((scale * 16, torch.zeros_like(scale)), dim=-1)
         pairs = torch.cat((high, torch.stack((scale, zero + 8 * scale), dim=-1)))
     packed = torch.empty((n, k * bits // 8), dtype=torch.uint8)
-    # Blocks of rows are packed on their own: the int32 copy that torch wants need not be of the whole weight.
+    # Blocks of rows are packed on their own: temporaries stay in the cache.
     step = max(_CHUNK_PACKED // k // _LARGEST_BLOCK, 1) * _LARGEST_BLOCK
     for first in range(0, n, step):
-        part = codes[first : first + step].int()
-        if bits == 4:
-            part.add_(8)
-        else:
-            part.add_(128)
-            part = torch.cat((part >> 4, part & 15), dim=1)
-        packed[first : first + step] = torch._convert_weight_to_int4pack_for_cpu(part.contiguous(), 1)
+        part = codes[first : first + step].view(torch.uint8)
+        nibbles = part + 8 if bits == 4 else torch.cat((part >> 4 ^ 8, part & 15), dim=1)
+        _pack_rows(nibbles, packed[first : first + step])
     return CpuWeight(f"int{bits}", packed, k // scale.shape[0], pairs.bfloat16().contiguous())
+
+
+def _pack_rows(nibbles: Tensor, out: Tensor) -> None:
+    """Fill int4pack bytes [R, K/2] of uint8 0..15 [R, K]: by torch, or by its known layout in a third of the time."""
+    rows, k = nibbles.shape
+    block = block_rows()
+    if block is None or rows % block:
+        out.copy_(torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1))
+        return
+    low, high = nibbles.view(-1, 2, block // 2, k).unbind(1)
+    out.view(-1, k, block // 2).copy_(high.bitwise_left_shift_(4).bitwise_or_(low).transpose(1, 2))
 
 
 def multiply(x: Tensor, form: CpuWeight) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,9 +42,9 @@ class Prepare(Protocol):
 
 
 class PrepareExperts(Protocol):
-    """Turn the weights [N, K] of all experts into operands of a grouped operator."""
+    """Turn the weights [N, K] of all experts, each taken once, into operands of a grouped operator."""
 
-    def __call__(self, weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands: ...
+    def __call__(self, weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,12 @@ def entering(x: Tensor, weight: Operands) -> Tensor:
     if (factor := weight.inputs.get("mul_scale")) is not None:
         x = x * factor
     return x
+
+
+def experts_of_rows(counts: Tensor, rows: int) -> Tensor:
+    """Return int64 [T]: the expert of each row, sorted by expert; the last one for rows that belong to none here."""
+    row = torch.arange(rows, device=counts.device)
+    return torch.searchsorted(counts.cumsum(0), row, right=True).clamp(max=counts.shape[0] - 1)
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, **operands: object) -> Tensor:

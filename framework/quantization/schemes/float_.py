@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ def linear(x: Tensor, operands: Operands) -> Tensor:
     return float_linear(x, operands.weight)
 
 
-def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
+def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Weight [E, K, N], the transposed view of [E, N, K]."""
+    weights = list(weights)
     first = weights[0]
     stacked = torch.empty((len(weights), *first.shape), dtype=dtype, device=device)
     for e, weight in enumerate(weights):

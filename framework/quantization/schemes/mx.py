@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -93,8 +93,9 @@ def linear_dual(x: Tensor, weight: Operands) -> Tensor:
     )
 
 
-def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
+def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Weight [E, K, N] (fp4: [E, K/2, N]) and scale [E, ceil(K/64), N, 2]: transposed views."""
+    weights = list(weights)
     pairs = [_scales(weight) for weight in weights]
     codes = [_codes(weight).contiguous() for weight in weights]
     operand = mx_experts_operand(codes, pairs, weights[0].element, dtype, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -47,8 +47,9 @@ def linear(x: Tensor, weight: Operands) -> Tensor:
     )
 
 
-def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
+def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Weight int32 [E, K, N/8], scale int64 [E, N]."""
+    weights = list(weights)
     operand = stack_experts([int4_operand(weight.codes, device) for weight in weights])
     operand = ops.npu_format_cast(operand, ops.ACL_FORMAT_FRACTAL_NZ)
     scale = as_int64(torch.stack([row_scale(weight) for weight in weights])).to(device)

@@ -6,7 +6,7 @@ added in fp32: the same sum, in the same precision.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,15 @@ from torch import Tensor
 from framework import ops
 from framework.ops.layout import stack_experts
 from framework.ops.quant_layout import int4_operand, int8_operand
-from framework.quantization.schemes.base import DTYPE_NUMBERS, Operands, entering, grouped_matmul, held_bytes, inputs_of
+from framework.quantization.schemes.base import (
+    DTYPE_NUMBERS,
+    Operands,
+    entering,
+    experts_of_rows,
+    grouped_matmul,
+    held_bytes,
+    inputs_of,
+)
 from framework.quantization.schemes.w4a4 import as_int64
 from framework.quantization.schemes.w8a8 import expert_weight
 from framework.quantization.tensor import QuantTensor
@@ -83,18 +91,16 @@ def _clipped(x: Tensor, counts: Tensor, alpha: Tensor | None) -> Tensor:
     """Clip each row [K] at its expert's share `alpha` [E] of the row's largest value (activation clip)."""
     if alpha is None:
         return x
-    # rows beyond the counts belong to experts of other ranks
-    row = torch.arange(x.shape[0], device=x.device)
-    expert = torch.searchsorted(counts.cumsum(0), row, right=True).clamp(max=alpha.shape[0] - 1)
-    most = alpha[expert].to(x.dtype) * x.abs().amax(-1)
+    most = alpha[experts_of_rows(counts, x.shape[0])].to(x.dtype) * x.abs().amax(-1)
     return torch.minimum(torch.maximum(x, -most.unsqueeze(1)), most.unsqueeze(1))
 
 
-def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
+def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Weight int32 [E, K, N/8], scale int64 [E, 1 or K/256, N], correction fp32 [E, N]; other groups as int8 pieces.
 
     The correction is summed from the codes, not taken from the file, whose tensor is rounded and one rank's too many.
     """
+    weights = list(weights)
     forms = [_symmetric(weight) for weight in weights]
     (n, k), group = forms[0][0].shape, forms[0][2]
     scale = torch.stack([scale.t() for _, scale, _ in forms])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -90,8 +90,9 @@ def linear_dynamic(x: Tensor, weight: Operands) -> Tensor:
     return y  # type: ignore[no-any-return]
 
 
-def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
+def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Weight int8 [E, K, N], scale [E, N] in bf16 for bf16 activations, else fp32."""
+    weights = list(weights)
     if any(weight.scale is None or weight.scale.shape[1] != 1 for weight in weights):
         raise ValueError("w8a8_dynamic takes int8 codes with one scale a row")
     if any(weight.zero is not None and bool(weight.zero.any()) for weight in weights):

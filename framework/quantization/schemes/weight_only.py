@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from framework import ops
 from framework.ops.layout import held_bytes, stack_experts, weight_operand
-from framework.quantization.schemes.base import Operands, entering, grouped_matmul, inputs_of
+from framework.quantization.schemes.base import Operands, entering, experts_of_rows, grouped_matmul, inputs_of
 from framework.quantization.tensor import QuantTensor
 
 # From here on an offset minimum / scale overflows fp16, and codes change the minimum by less than bf16 can tell.
@@ -29,11 +29,12 @@ def signed(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     codes = weight.codes
     scale = weight.scale.float()
     half = 1 << (weight.bits - 1)
-    shift = half if bool((codes > half - 1).any()) else 0
-    if shift:
-        codes = (codes.to(torch.int16) - shift).to(torch.int8)
-    if bool((codes < -half).any()) or bool((codes > half - 1).any()):
+    low, high = (int(end) for end in codes.aminmax())
+    shift = half if high >= half else 0
+    if low - shift < -half or high - shift >= half:
         raise ValueError(f"codes do not fit {weight.bits} bits")
+    # modulo 256
+    codes = (codes.view(torch.uint8) - shift).view(torch.int8) if shift else codes.view(torch.int8)
     offset = None
     if weight.zero is not None:
         offset = shift - weight.zero.float()
@@ -77,37 +78,49 @@ def linear(x: Tensor, weight: Operands) -> Tensor:
     )
 
 
-def prepare_experts(weights: Sequence[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
-    """Prepare codes of all experts: int32 [E, K, N/8] or int8 [E, K, N], scale and offset [E, G, N] (one: [E, N])."""
-    forms = [signed(weight) for weight in weights]
-    if any(weight.order is not None for weight in weights):
-        raise ValueError("the grouped operator takes experts in the order of their input")
-    operand = stack_experts(
-        [
-            weight_operand(
-                codes,
-                bits=weight.bits,
-                scale=scale,
-                offset=offset,
-                dtype=dtype,
-                device=device,
-                values=weight.dequantize,
-            )
-            for weight, (codes, scale, offset) in zip(weights, forms, strict=True)
-        ]
-    )
-    scale = torch.stack([scale for _, scale, _ in forms]).to(device=device, dtype=dtype)
+def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
+    """Prepare codes of all experts: int32 [E, K, N/8] or int8 [E, K, N], scale and offset [E, G, N] (one: [E, N]).
+
+    One expert after another, so that no more than one is held as codes. `inputs` has `order` [E, K] if one has any.
+    """
+    made, orders = [], []
+    for weight in weights:
+        made.append(_expert(weight, dtype, device))
+        orders.append(weight.order)
+    inputs = {}
+    if any(order is not None for order in orders):
+        in_order = torch.arange(made[0][0].shape[0])
+        inputs["order"] = torch.stack([in_order if order is None else order for order in orders]).to(device)
+    operand = stack_experts([operand for operand, _, _ in made])
+    scale = torch.stack([scale for _, scale, _ in made]).to(device=device, dtype=dtype)
     offset = None
-    if any(offset is not None for _, _, offset in forms):
-        zeros = [torch.zeros_like(scale) if offset is None else offset for _, scale, offset in forms]
+    if any(offset is not None for _, _, offset in made):
+        zeros = [torch.zeros_like(scale) if offset is None else offset for _, scale, offset in made]
         offset = torch.stack(zeros).to(device=device, dtype=dtype)
     if scale.shape[1] == 1:
         scale, offset = scale.squeeze(1), None if offset is None else offset.squeeze(1)
     nbytes = held_bytes(operand) + sum(t.nbytes for t in (scale, offset) if t is not None)
-    return Operands(operand, scale, offset, nbytes=nbytes)
+    return Operands(operand, scale, offset, inputs=inputs, nbytes=nbytes)
+
+
+def _expert(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return operand, scale and offset of one expert."""
+    codes, scale, offset = signed(weight)
+    operand = weight_operand(
+        codes,
+        bits=weight.bits,
+        scale=scale,
+        offset=offset,
+        dtype=dtype,
+        device=device,
+        values=replace(weight, order=None).dequantize,
+    )
+    return operand, scale, offset
 
 
 def grouped(x: Tensor, counts: Tensor, weight: Operands) -> Tensor:
     """[T, K] sorted by expert -> [T, N]."""
+    if (order := weight.inputs.get("order")) is not None:
+        x = x.gather(1, order[experts_of_rows(counts, x.shape[0])])
     offset = {} if weight.offset is None else {"antiquant_offset": weight.offset}
     return grouped_matmul(x, weight.weight, counts, antiquant_scale=weight.scale, **offset)
