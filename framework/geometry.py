@@ -70,6 +70,7 @@ class Module(NamedTuple):
     `tied_to` names the module whose weight this one shares.
     `experts` is the number of routed experts of an EXPERTS module; its name has `*` where their number stands
     (`model.layers.0.mlp.experts.*.gate_proj`), its shape is that of one expert.
+    `absorbed`: the model multiplies the weight into others, so it runs as float whatever the file holds.
     `dims` is the shape in the file of a PARAMETER, whose tensor has the module's name; its `shape` is [values, 1].
     """
 
@@ -84,6 +85,7 @@ class Module(NamedTuple):
     experts: int = 0
     role: Role = Role.NONE
     dims: tuple[int, ...] = ()
+    absorbed: bool = False
 
     @property
     def layer_type(self) -> str:

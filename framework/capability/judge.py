@@ -113,6 +113,18 @@ def _alternatives(table: Table, asked: Question, tier: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _elsewhere(table: Table, asked: Question, tier: str) -> list[str]:
+    """Rows of other formats that run the same scheme of the same layers on the tier."""
+    return [
+        row.row
+        for row in table.rows.values()
+        if (row.scheme, row.layer_type, row.mode) == (asked.scheme, asked.layer_type, asked.mode)
+        and row.format != _judged_as(asked)
+        and row.judges(asked.kind, asked.scheme)
+        and status_of(row, tier, asked.kind) == "supported"
+    ]
+
+
 def _no_row(table: Table, asked: Question, policy: Policy, modules: int, where: str) -> Problem:
     elsewhere = "llm" if asked.kind == "diffusion" else "diffusion"
     other = table.find(_judged_as(asked), asked.scheme, asked.layer_type, asked.mode, elsewhere)
@@ -138,6 +150,8 @@ def _refusal(table: Table, asked: Question, row: Row, policy: Policy, status: st
         fixes.append(f"capability.allow=[{allowed}]  (runs at your own risk: nobody has confirmed it on {tier})")
     if others := _alternatives(table, asked, tier):
         fixes.append(f"schemes that run on {tier}: {', '.join(others)}")
+    if rows := _elsewhere(table, asked, tier):
+        fixes.append(f"other formats: {', '.join(rows)}")
     tiers = [name for name in TIERS if status_of(row, name, asked.kind) == "supported"]
     if tiers:
         fixes.append(" or ".join(f"hardware={name}" for name in tiers))

@@ -19,13 +19,17 @@ class Storage:
     block: int = 0
     row_bytes: int = 0
 
-    def of(self, n: int, k: int, group: int, width: int) -> int:
-        """Bytes of a shard [n, k] with file groups of `group` (0: one a row), activations of `width` bytes."""
+    def of(self, n: int, k: int, group: int, width: int, bits: int = 0) -> int:
+        """Bytes of a shard [n, k] with file groups of `group` (0: one a row), activations of `width` bytes.
+
+        `bits`: of a code, where it is held wider than the scheme's own form.
+        """
         if not self.bits:
             return n * k * width
         step = self.block or group
         blocks = -(-k // step) if step else 1
-        return n * (-(-k * self.bits // 8) + blocks * (self.scale_bytes + self.scale_values * width) + self.row_bytes)
+        codes = -(-k * (bits or self.bits) // 8)
+        return n * (codes + blocks * (self.scale_bytes + self.scale_values * width) + self.row_bytes)
 
 
 STORAGE = {

@@ -1,10 +1,11 @@
-"""Write checkpoints: safetensors files with an index where there are several, and the documents beside them."""
+"""Write checkpoints: safetensors files with an index where there are several, documents beside them; GGUF headers."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from framework.checkpoint.gguf import GGML_TYPES, MAGIC
 from framework.checkpoint.safetensors import DTYPE_BYTES
 from framework.errors import InputError, Problem, Refused
 
@@ -38,6 +40,46 @@ def write_headers(
     files.close()
     _write_documents(folder, documents)
     return files.paths
+
+
+def write_gguf_headers(path: Path, tensors: Iterable[Entry], metadata: Mapping[str, Any]) -> None:
+    """Write a GGUF file (version 3, little endian) that has a header and no weights: its data are a hole.
+
+    Args:
+        path: the file.
+        tensors: name, ggml type and shape (torch order) of each.
+        metadata: values by key: a bool, an integer below 2^32, a float, a string, or a list of values of one kind.
+    """
+    metadata = dict(metadata)
+    listed = list(tensors)
+    head = bytearray(MAGIC + struct.pack("<IQQ", 3, len(listed), len(metadata)))
+    for key, value in metadata.items():
+        head += _gguf_text(key) + _gguf_value(value)
+    alignment, end = metadata.get("general.alignment", 32), 0
+    for name, kind, shape in listed:
+        number, block, nbytes = GGML_TYPES[kind]
+        head += _gguf_text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        head += struct.pack("<IQ", number, end)
+        end += -(-prod(shape) // block * nbytes // alignment) * alignment
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(-(-len(head) // alignment) * alignment + end)
+
+
+def _gguf_text(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _gguf_value(value: Any) -> bytes:  # noqa: ANN401
+    """Return a value of the metadata with the number of its type before it."""
+    if isinstance(value, list):
+        each = [_gguf_value(one) for one in value]
+        return struct.pack("<I", 9) + each[0][:4] + struct.pack("<Q", len(each)) + b"".join(one[4:] for one in each)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + _gguf_text(value)
+    number, form = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}[type(value)]
+    return struct.pack(f"<I{form}", number, value)
 
 
 class CheckpointWriter:

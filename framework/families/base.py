@@ -9,6 +9,9 @@ from typing import Any
 
 from framework.geometry import Kind, Module, Role, Split
 
+# Well beyond every published model: more is an error of its config, and would take hours to describe
+MOST_LAYERS, MOST_EXPERTS = 1 << 12, 1 << 16  # experts: of all layers
+
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -218,7 +221,8 @@ def _latent_attention(spec: DecoderSpec, attn: str) -> Iterator[Module]:
     yield _copied(f"{attn}.kv_a_proj_with_mqa", mla.kv_rank + mla.rope_dim, hidden, bias=spec.qkv_bias)
     yield _norm(f"{attn}.kv_a_layernorm", mla.kv_rank)
     rows = mla.nope_dim + mla.v_dim
-    yield Module(f"{attn}.kv_b_proj", Kind.LINEAR, (heads * rows, mla.kv_rank), Split.COLUMN, "q_heads", rows)
+    yield Module(f"{attn}.kv_b_proj", Kind.LINEAR, (heads * rows, mla.kv_rank), Split.COLUMN, "q_heads", rows,
+                 absorbed=True)  # fmt: skip
     shape = (hidden, heads * mla.v_dim)
     yield Module(f"{attn}.o_proj", Kind.LINEAR, shape, Split.ROW, "q_heads", mla.v_dim, spec.o_bias)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from framework.errors import InputError, Problem, Refused, nearest
-from framework.families.base import DecoderSpec, Moe, Rope
+from framework.families.base import MOST_EXPERTS, DecoderSpec, Moe, Rope
 from framework.families.fields import Config, common, qwen_windows, rope_of
 from framework.families.sparse import deepseek, mixtral, qwen3_moe
 
@@ -90,6 +90,8 @@ def _consistent(spec: DecoderSpec) -> None:
 def _consistent_experts(moe: Moe) -> None:
     if min(moe.experts, moe.top_k, moe.intermediate, moe.groups, moe.top_groups) < 1:
         raise ValueError("a size or count of the experts is below 1")
+    if moe.experts * sum(moe.layers) > MOST_EXPERTS:
+        raise ValueError(f"{moe.experts} experts in each of {sum(moe.layers)} layers")
     if moe.experts % moe.groups or moe.top_groups > moe.groups:
         raise ValueError(f"{moe.top_groups} of {moe.groups} groups cannot be chosen among {moe.experts} experts")
     if moe.top_k > moe.experts // moe.groups * moe.top_groups:

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 from framework.errors import InputError, Problem, Refused, nearest
+from framework.families.base import MOST_LAYERS
 from framework.families.pieces import attention, column, copied, embedder, feed_forward, norm, parameter, patch
 from framework.geometry import Module
 
@@ -74,6 +75,8 @@ def describe_transformer(config: Config) -> DiffusionSpec:
         heads, head_dim = int(options["num_attention_heads"]), int(options["attention_head_dim"])
         ffn = int(options.get("ffn_dim") or 4 * heads * head_dim)
         spec = DiffusionSpec(name, int(options["num_layers"]), heads, head_dim, ffn, options)
+        if max(spec.layers, int(options.get("num_single_layers") or 0)) > MOST_LAYERS:
+            raise ValueError(f"more than {MOST_LAYERS} blocks")
         made = list(diffusion_modules(spec))
         if min(min(module.shape) for module in made) < 1:
             raise ValueError("a size is below 1")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from framework.errors import Problem, Refused
-from framework.families.base import Rope
+from framework.families.base import MOST_LAYERS, Rope
 
 Config = Mapping[str, Any]
 
@@ -83,13 +83,16 @@ def common(
     architecture: str, family: str, config: Config, activations: tuple[str, ...] = ("silu", "swish")
 ) -> dict[str, Any]:
     refuse_other_maths(config, activations)
+    layers = int(config["num_hidden_layers"])
+    if layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {layers}")
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     eos = config.get("eos_token_id")
     return {
         "architecture": architecture,
         "family": family,
-        "layers": int(config["num_hidden_layers"]),
+        "layers": layers,
         "hidden": int(config["hidden_size"]),
         "intermediate": int(config["intermediate_size"]),
         "heads": heads,
@@ -99,7 +102,7 @@ def common(
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "context": int(config["max_position_embeddings"]),
         "rope": rope_of(config),
-        "windows": (None,) * int(config["num_hidden_layers"]),
+        "windows": (None,) * layers,
         "tied": bool(config.get("tie_word_embeddings", False)),
         "attention_scale": head_dim**-0.5,
         "eos_ids": tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 from framework.checkpoint.index import Index
@@ -51,7 +52,17 @@ def config_of(index: Index) -> dict[str, Any]:
                 "use a file of a supported architecture",
             )
         )
-    experts = int(meta.get(f"{arch}.expert_count", 0) or 0)
+
+    def key(name: str, default: Any = ...) -> Any:  # noqa: ANN401
+        value = meta.get(f"{arch}.{name}", default)
+        if value is ...:
+            raise _bad_key(index, f"the GGUF has no {arch}.{name}")
+        return value
+
+    def number(name: str, default: Any = ...) -> int | float:  # noqa: ANN401
+        return _number(index, f"{arch}.{name}", key(name, default))
+
+    experts = int(number("expert_count", 0))
     if experts and arch not in WITH_EXPERTS:
         raise Refused(
             Problem(
@@ -63,20 +74,12 @@ def config_of(index: Index) -> dict[str, Any]:
             )
         )
 
-    def key(name: str, default: Any = ...) -> Any:  # noqa: ANN401
-        value = meta.get(f"{arch}.{name}", default)
-        if value is ...:
-            raise InputError(
-                Problem("gguf-key", f"the GGUF has no {arch}.{name}", str(index.root), fix="re-convert the model")
-            )
-        return value
-
     tensors = index.tensors
-    layers = int(key("block_count"))
+    layers = int(number("block_count"))
     heads = _same_in_all_layers(index, f"{arch}.attention.head_count", key("attention.head_count"))
     kv_heads = _same_in_all_layers(index, f"{arch}.attention.head_count_kv", key("attention.head_count_kv", heads))
-    hidden = int(key("embedding_length"))
-    head_dim = int(key("attention.key_length", hidden // heads))
+    hidden = int(number("embedding_length"))
+    head_dim = int(number("attention.key_length", hidden // max(heads, 1)))
     windowed = f"{arch}.attention.sliding_window" in meta  # Mistral is converted as llama
     dense = "MistralForCausalLM" if arch == "llama" and windowed else ARCHITECTURES[arch]
     width = key("feed_forward_length", meta.get(f"{arch}.expert_feed_forward_length", ...))
@@ -89,25 +92,25 @@ def config_of(index: Index) -> dict[str, Any]:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "vocab_size": _vocab(index),
-        "rms_norm_eps": float(key("attention.layer_norm_rms_epsilon", 1e-6)),
-        "max_position_embeddings": int(key("context_length", 2048)),
+        "rms_norm_eps": float(number("attention.layer_norm_rms_epsilon", 1e-6)),
+        "max_position_embeddings": int(number("context_length", 2048)),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_theta": float(key("rope.freq_base", 1_000_000.0 if arch == "gemma3" else 10000.0)),
+        "rope_theta": float(number("rope.freq_base", 1_000_000.0 if arch == "gemma3" else 10000.0)),
         "eos_token_id": [meta[name] for name in ("tokenizer.ggml.eos_token_id",) if name in meta],
         "attention_bias": "blk.0.attn_q.bias" in tensors,
     }
     if windowed:
-        config["sliding_window"] = int(key("attention.sliding_window"))
+        config["sliding_window"] = int(number("attention.sliding_window"))
     if experts:
         config["num_experts"] = experts
-        config["num_experts_per_tok"] = int(key("expert_used_count"))
-        config["moe_intermediate_size"] = int(key("expert_feed_forward_length", config["intermediate_size"]))
+        config["num_experts_per_tok"] = int(number("expert_used_count"))
+        config["moe_intermediate_size"] = int(number("expert_feed_forward_length", config["intermediate_size"]))
         config["norm_topk_prob"] = True  # no key says so; llama.cpp's graphs of these families always do
     config |= _rope_scaling(meta, arch)
     if arch == "gemma3":
         # convert_hf_to_gguf writes no query scalar: head_dim for all sizes but 27B, where it is hidden / heads
-        config["query_pre_attn_scalar"] = hidden / heads if layers == 62 else head_dim
-        config["rope_local_base_freq"] = float(key("rope.freq_base_swa", 10000.0))
+        config["query_pre_attn_scalar"] = hidden / max(heads, 1) if layers == 62 else head_dim
+        config["rope_local_base_freq"] = float(number("rope.freq_base_swa", 10000.0))
     _check_shape(index, "blk.0.attn_q.weight", (heads * head_dim, hidden))
     _check_shape(index, "blk.0.attn_k.weight", (kv_heads * head_dim, hidden))
     return config
@@ -131,9 +134,7 @@ def _rope_scaling(meta: Mapping[str, Any], arch: str) -> dict[str, Any]:
 
 
 def _same_in_all_layers(index: Index, name: str, value: Any) -> int:  # noqa: ANN401
-    if isinstance(value, (int, float)):
-        return int(value)
-    values = set(value)
+    values = {int(_number(index, name, one)) for one in (value if isinstance(value, list) else [value])}
     if len(values) != 1:
         raise Refused(
             Problem(
@@ -144,7 +145,17 @@ def _same_in_all_layers(index: Index, name: str, value: Any) -> int:  # noqa: AN
                 "use a model whose layers are alike",
             )
         )
-    return int(values.pop())
+    return values.pop()
+
+
+def _number(index: Index, name: str, value: Any) -> int | float:  # noqa: ANN401
+    if isinstance(value, int | float) and isfinite(value):
+        return value
+    raise _bad_key(index, f"{name} of the GGUF is {value!r:.60}, no number")
+
+
+def _bad_key(index: Index, what: str) -> InputError:
+    return InputError(Problem("gguf-key", what, str(index.root), fix="re-convert the model"))
 
 
 def _vocab(index: Index) -> int:

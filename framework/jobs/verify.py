@@ -191,8 +191,8 @@ def _per_module(recipe: Recipe, plan: Plan, ids: list[int]) -> list[dict[str, An
     """Compare every module's output with the same file dequantized, in fp32, on one rank."""
     exact = replace(
         recipe,
-        quantization=replace(recipe.quantization, layers=(LayerRule(pattern="*", scheme="float"),)),
-        parallel=replace(recipe.parallel, tp_size=1),
+        quantization=replace(recipe.quantization, layers=(LayerRule(pattern="*", scheme="float"),), online=False),
+        parallel=replace(recipe.parallel, tp_size=1, ep_size=1),
         runtime=replace(recipe.runtime, dtype="float32", device="cpu"),
     )
     expected = _trace(exact, plan_of(exact), ids)

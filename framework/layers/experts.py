@@ -51,12 +51,26 @@ class Router(nn.Module):
         return weights * moe.scaling, chosen
 
     def margins(self, scores: Tensor) -> Tensor:
-        """Fp32 [T, E] -> [T]: how far the last chosen expert is from the best one left out, in what is compared."""
-        chances = scores.sigmoid() if self.moe.scoring == "sigmoid" else scores.softmax(-1)
+        """Fp32 [T, E] -> [T]: how far the last chosen expert is from the best one left out, in what is compared.
+
+        Where groups of experts are chosen first, the last chosen group may be the one that is nearer to another.
+        """
+        moe = self.moe
+        chances = scores.sigmoid() if moe.scoring == "sigmoid" else scores.softmax(-1)
         if self.correction is not None:
             chances = chances + self.correction
-        best = chances.topk(min(self.moe.top_k + 1, self.moe.experts), dim=-1).values
-        return best[:, self.moe.top_k - 1] - best[:, -1]
+        nearest = torch.full((len(scores),), torch.inf, device=scores.device)
+        if moe.top_groups < moe.groups:
+            by_group = chances.unflatten(-1, (moe.groups, -1))
+            of_groups = by_group.topk(moe.group_best, dim=-1).values.sum(-1)
+            best, which = of_groups.topk(moe.top_groups + 1, dim=-1)
+            nearest = best[:, -2] - best[:, -1]
+            kept = which[:, :-1, None].expand(-1, -1, by_group.shape[-1])
+            chances = by_group.gather(1, kept).flatten(1)
+        if moe.top_k < chances.shape[-1]:
+            best = chances.topk(moe.top_k + 1, dim=-1).values
+            nearest = nearest.minimum(best[:, -2] - best[:, -1])
+        return nearest
 
 
 class Experts(nn.Module):

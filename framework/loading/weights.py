@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -60,7 +60,8 @@ class RankWeights:
         else:
             decoded = [(p.scheme, self._decode(p)) for p in planned]
             bias = self._bias(planned, [weight for _, weight in decoded])
-            parts = [self._prepare(scheme, weight) for scheme, weight in _fused(decoded)]
+            calls = _calls(decoded, {p.scheme: p.max_rows for p in planned})
+            parts = [self._prepare(scheme, weight) for scheme, weight in calls]
         layer = ParallelLinear(
             parts,
             bias,
@@ -223,12 +224,19 @@ class RankWeights:
         return [rect.shape[0] // peer.module.unit * unit for rect in peer.shards]
 
 
-def _fused(weights: list[tuple[str, QuantTensor]]) -> list[tuple[str, QuantTensor]]:
-    """Join neighbours of one scheme and kind: one matmul instead of several."""
+def _calls(weights: list[tuple[str, QuantTensor]], max_rows: Mapping[str, int]) -> list[tuple[str, QuantTensor]]:
+    """Join neighbours of one scheme and kind, deal the rows of what is too tall: as few matmuls as there can be."""
     made: list[tuple[str, list[QuantTensor]]] = []
     for scheme, weight in weights:
         if made and made[-1][0] == scheme and fusable(made[-1][1][0], weight):
             made[-1][1].append(weight)
         else:
             made.append((scheme, [weight]))
-    return [(scheme, concat(group)) for scheme, group in made]
+    return [(scheme, part) for scheme, group in made for part in _dealt(concat(group), max_rows[scheme])]
+
+
+def _dealt(weight: QuantTensor, max_rows: int) -> list[QuantTensor]:
+    n, k = weight.shape
+    if not max_rows or n <= max_rows:
+        return [weight]
+    return [weight.slice(first, min(first + max_rows, n), 0, k) for first in range(0, n, max_rows)]

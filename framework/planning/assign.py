@@ -104,6 +104,7 @@ def assign(
             )
     assigned: list[Assigned] = []
     matched: dict[Rule, list[str]] = {rule: [] for rule, _ in matchers}
+    split: dict[tuple[Rule, int], list[str]] = {}
     for part in parts:
         held, found = hold(part)
         problems += found
@@ -111,11 +112,12 @@ def assign(
             hits = [(rule, _hits(matches, part.prefix, module)) for rule, matches in matchers]
             for rule, hit in hits:
                 if hit and hit is not True:
-                    problems.append(_splits_experts(rule, part, module, hit))
+                    split.setdefault((rule, len(hit)), []).append(part.prefix + module.name)
                 if hit:
                     matched[rule].append(part.prefix + module.name)
             chosen = next((rule for rule, hit in hits if hit), None)
             assigned.append(Assigned(part, module, holding, "float", chosen))
+    problems += [_splits_experts(rule, names, count) for (rule, count), names in split.items()]
     assigned, found = _online(assigned) if online else _offline(assigned)
     used = {entry.rule for entry in assigned}
     names = [entry.name for entry in assigned if entry.module.quantizable]
@@ -159,7 +161,7 @@ def _offline(assigned: list[Assigned]) -> tuple[list[Assigned], list[Problem]]:
         if rule is not None and scheme not in served:
             mismatches.setdefault((rule, served, entry.held.label), []).append(entry)
             scheme = served[0]
-        settled.append(replace(entry, scheme=scheme))
+        settled.append(replace(entry, scheme="float" if entry.module.absorbed else scheme))
     return settled, [_mismatch(rule, served, label, found) for (rule, served, label), found in mismatches.items()]
 
 
@@ -247,13 +249,13 @@ def _differing(part: Part, module: Module, each: list[Held], odd: list[int]) -> 
     )
 
 
-def _splits_experts(rule: Rule, part: Part, module: Module, hit: list[int]) -> Problem:
+def _splits_experts(rule: Rule, names: list[str], count: int) -> Problem:
     return Problem(
         "pattern-experts",
-        f"pattern {rule.pattern} takes {len(hit)} of the {module.experts} experts of a layer",
+        f"pattern {rule.pattern} takes {count} of the experts of a layer, not all",
         rule.where,
-        f"one grouped matmul runs all experts of {part.prefix}{module.name}",
-        f'pattern: {module.name}   or   pattern: "*.mlp.experts.*.{module.name.rsplit(".", 1)[1]}"',
+        f"one grouped matmul runs all experts of {names[0]}{_more(len(names))}",
+        f'pattern: {names[0]}   or   pattern: "*.mlp.experts.*.{names[0].rsplit(".", 1)[1]}"',
     )
 
 

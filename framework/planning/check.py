@@ -16,7 +16,7 @@ from framework.checkpoint.ledger import Ledger, settle
 from framework.errors import Problem
 from framework.formats.base import TensorSpec
 from framework.geometry import Rect, Split
-from framework.planning.assign import Assigned, Part, Rule, assign
+from framework.planning.assign import Assigned, Rule, assign
 from framework.planning.demands import demands
 from framework.planning.parts import Described, describe_model
 from framework.planning.shard import Cuts, cut, deal_experts, place
@@ -241,7 +241,7 @@ def _place_all(
                 split, ranges = Split.EXPERT, deal_experts(entry.module.experts, tp_size, ep_size)
             placed.append(Placed(entry, row_of.get(entry.name), split, shards, made, ranges))
         if uncut:
-            problems.append(_unaligned(uncut, grains, heads, part, where))
+            problems.append(_unaligned(uncut, grains, heads, ep_size, where))
     return placed, all_cuts, problems + _refused(placed), _fit_notes(placed)
 
 
@@ -267,13 +267,18 @@ def _fit(entry: Assigned, limits: Limits, shards: tuple[Rect, ...]) -> Fit | Non
 
 
 def _unaligned(
-    uncut: list[Assigned], grains: Mapping[str, tuple[int, int]], heads: tuple[int, int] | None, part: Part, where: str
+    uncut: list[Assigned],
+    grains: Mapping[str, tuple[int, int]],
+    heads: tuple[int, int] | None,
+    ep_size: int,
+    where: str,
 ) -> Problem:
     first = uncut[0]
+    modules = first.part.modules
     sizes = []
-    for size in range(1, _MAX_SIZES + 1):
-        cuts = cut(part.modules, grains, size, heads)
-        if isinstance(cuts, Cuts) and all(place(m, cuts, grains.get(m.name, (1, 1)), size) for m in part.modules):
+    for size in range(ep_size, _MAX_SIZES + 1, ep_size):
+        cuts = cut(modules, grains, size, heads, ep_size)
+        if isinstance(cuts, Cuts) and all(place(m, cuts, grains.get(m.name, (1, 1)), size) for m in modules):
             sizes.append(size)
     return Problem(
         "tp-align",
@@ -309,18 +314,29 @@ def _refused(placed: list[Placed]) -> list[Problem]:
 def _fit_notes(placed: list[Placed]) -> list[str]:
     return [
         f"{sum(one.assigned.module.linears for one in group)} {scheme} modules ({group[0].assigned.name}): {reason}"
+        f"{_instead(group[0])}"
         for (scheme, reason), group in _by_reason(placed, refused=False).items()
     ]
 
 
+def _instead(placed: Placed) -> str:
+    if placed.fit is None or placed.fit.scheme != "float":
+        return ""
+    return ": left float" if placed.assigned.mode == "online" else ": dequantized at load"
+
+
 def _dequantized(assigned: list[Assigned]) -> list[str]:
-    """Say what the recipe declares float and the file holds quantized."""
-    count = sum(
-        entry.module.linears
-        for entry in assigned
-        if entry.module.quantizable and entry.scheme == "float" and entry.held.scheme != "float"
-    )
-    return [f"{count} quantized modules are declared float: dequantized at load"] if count else []
+    """Say what the file holds quantized and runs as float."""
+    found = [e for e in assigned if e.module.quantizable and e.scheme == "float" and e.held.scheme != "float"]
+    absorbed = [entry for entry in found if entry.module.absorbed]
+    count = sum(entry.module.linears for entry in found) - len(absorbed)
+    notes = [f"{count} quantized modules are declared float: dequantized at load"] if count else []
+    if absorbed:
+        notes.append(
+            f"{len(absorbed)} quantized modules are dequantized at load ({absorbed[0].name}): latent attention "
+            "multiplies them into queries and outputs"
+        )
+    return notes
 
 
 def _kept_float(recipe: Recipe, assigned: list[Assigned]) -> list[str]:

@@ -80,20 +80,25 @@ def cache_dtype(device: str, dtype: str) -> str:
 
 def _planned(placed: Placed, limits: Limits) -> PlannedModule:
     entry, fit = placed.assigned, placed.fit
+    scheme = fit.scheme if fit else entry.scheme
+    limit = limits[scheme, entry.module.layer_type] if entry.module.quantizable else None
     module = entry.module._replace(bias=any(spec.role == "bias" for spec in entry.held.tensors))
     return PlannedModule(
         name=entry.name,
         module=module,
         format=entry.part.format,
-        scheme=fit.scheme if fit else entry.scheme,
+        scheme=scheme,
         row=placed.row,
         split=placed.split,
         shards=placed.shards,
         label=entry.held.label,
         group=entry.held.group,
-        mode=entry.mode,
-        op=fit.op if fit else limits["float", module.layer_type].ops if module.quantizable else "",
+        # a float weight whose op does not take what was asked is not quantized at all
+        mode=entry.mode if scheme != "float" else "offline",
+        op=fit.op if fit else limit.ops if limit else "",
         pieces=fit.pieces if fit else 1,
+        bits=fit.bits if fit else 0,
+        max_rows=limit.rows if limit else 0,
         expert_ranges=placed.expert_ranges,
     )
 

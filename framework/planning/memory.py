@@ -20,7 +20,7 @@ def module_bytes(planned: PlannedModule, rank: int, dtype: str) -> int:
     n, k = planned.shards[rank].shape
     bias = n * width if planned.module.bias else 0
     scheme = "float" if dtype == "float32" and planned.scheme in WEIGHT_ONLY else planned.scheme
-    return planned.linears_on(rank) * (STORAGE[scheme].of(n, k, planned.group, width) + bias)
+    return planned.linears_on(rank) * (STORAGE[scheme].of(n, k, planned.group, width, planned.bits) + bias)
 
 
 def rank_weights(modules: tuple[PlannedModule, ...], rank: int, dtype: str) -> list[int]:

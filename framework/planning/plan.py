@@ -24,6 +24,8 @@ class PlannedModule:
         mode: `online` if it is quantized at load.
         expert_ranges: half-open range of experts that each rank holds; empty: all of them, or none to hold.
         op: the calls that run it; `pieces` of them whose results are joined or added.
+        bits: width of a code as it is held, where that is not the scheme's own; 0: the scheme's.
+        max_rows: the most output features of one call; 0: any number.
     """
 
     name: str
@@ -38,6 +40,8 @@ class PlannedModule:
     mode: str = "offline"
     op: str = ""
     pieces: int = 1
+    bits: int = 0
+    max_rows: int = 0
     expert_ranges: tuple[tuple[int, int], ...] = ()
 
     def experts_on(self, rank: int) -> range:
@@ -168,6 +172,8 @@ def _module_json(planned: PlannedModule) -> dict[str, Any]:
         "mode": planned.mode,
         "op": planned.op,
         "pieces": planned.pieces,
+        "bits": planned.bits,
+        "max_rows": planned.max_rows,
         "expert_ranges": [list(share) for share in planned.expert_ranges],
         "module": _described(module),
     }
@@ -185,6 +191,7 @@ def _described(module: Module) -> dict[str, Any]:
         "tied_to": module.tied_to,
         "role": str(module.role),
         "dims": list(module.dims),
+        "absorbed": module.absorbed,
     }
 
 
@@ -202,8 +209,9 @@ def _module_from(data: dict[str, Any]) -> PlannedModule:
         experts=data["experts"][1] + 1 if "experts" in data else 0,
         role=Role(given["role"]),
         dims=tuple(given["dims"]),
+        absorbed=given["absorbed"],
     )
-    same = ("name", "format", "scheme", "row", "label", "group", "mode", "op", "pieces")
+    same = ("name", "format", "scheme", "row", "label", "group", "mode", "op", "pieces", "bits", "max_rows")
     shards = tuple(Rect(*rect) for rect in data["shards"])
     ranges = tuple(tuple(share) for share in data["expert_ranges"])
     return PlannedModule(

@@ -7,6 +7,9 @@ from typing import Any
 
 from framework.report.text import block, columns, count, heading, shorten, size, width
 
+MOST = 120
+WIDE = 110  # columns from which the table of rows has all its columns
+
 
 def check_text(document: dict[str, Any], facts: dict[str, Any]) -> str:
     """Render CLI.md's check document.
@@ -14,40 +17,50 @@ def check_text(document: dict[str, Any], facts: dict[str, Any]) -> str:
     `facts`: recipe, tp_size, model, file, files, bytes, evidence, notes, seconds, command, and per row its origin.
     """
     lines = heading("check", facts["recipe"], document["tier"], facts["tp_size"], f"table {document['table']}")
+    held = f"{facts['files']}, {size(facts['bytes'])}"
     lines += [
         *_lines("model", facts["models"]),
-        f"file      {shorten(facts['file'], width() - 40)}   {facts['files']}, {size(facts['bytes'])}",
+        f"file      {shorten(facts['file'], width() - 13 - len(held))}   {held}",
         *_lines(
             "format",
             [f"{document['format']}   because {said}" if i == 0 else said for i, said in enumerate(facts["evidence"])],
         ),
         "",
     ]
-    rows = [["scheme", "layer", "modules", "status", "row", "from"]]
-    limit = 26 if width() < 100 else 40
-    for row, origin in zip(document["rows"], facts["origins"], strict=True):
-        source = f"{origin}  {row['pattern']}" if row["pattern"] else origin
-        rows.append(
-            [row["scheme"], row["layer_type"], count(row["modules"]), row["status"], row["row"] or "-",
-             shorten(source, limit)]
-        )  # fmt: skip
-    lines += block("rows", columns(rows, "llr"))
+    lines += block("rows", _rows(document["rows"], facts["origins"]))
     ledger = document["ledger"]
     total = ledger["consumed"] + len(ledger["ignored"]) + len(ledger["unexpected"])
     lines.append(
         f"ledger    {count(total)} tensors: {count(ledger['consumed'])} used, {len(ledger['ignored'])} ignored, "
         f"{len(ledger['missing'])} missing, {len(ledger['unexpected'])} unexpected"
     )
-    lines += [f"          ignored {name}: {reason}" for name, reason in _ignored(ledger["ignored"])]
+    lines += _lines("", [f"ignored {name}: {reason}" for name, reason in _ignored(ledger["ignored"])])
     if facts["notes"]:
         lines += ["", *_lines("notes", facts["notes"])]
     lines.append("")
     if document["ok"]:
-        lines.append(f"ok  {facts['seconds']:.1f} s, headers only     next: {facts['command']} job=plan")
+        verdict, after = f"ok  {facts['seconds']:.1f} s, headers only", f"next: {facts['command']} job=plan"
+        line = f"{verdict}     {after}"
+        lines += [line] if len(line) <= width() else [verdict, after]
     else:
         many = len(document["problems"])
         lines.append(f"refused  {many} problem{'s' if many > 1 else ''}, nothing was loaded     exit status 1")
     return "\n".join(lines)
+
+
+def _rows(rows: list[dict[str, Any]], origins: list[str]) -> list[str]:
+    """The table of rows. Narrow ones leave out what a row's name says; who decided has the room that is left."""
+    if wide := width(MOST) >= WIDE:
+        cells = [["scheme", "layer", "modules", "status", "row"]]
+        cells += [[r["scheme"], r["layer_type"], count(r["modules"]), r["status"], r["row"] or "-"] for r in rows]
+    else:
+        names = [row["row"] or f"none for {row['scheme']} {row['layer_type']}" for row in rows]
+        cells = [["row", "modules", "status"]]
+        cells += [[name, count(row["modules"]), row["status"]] for name, row in zip(names, rows, strict=True)]
+    room = width(MOST) - max(map(len, columns(cells))) - 2
+    sources = [f"{origin}  {row['pattern']}".rstrip() for row, origin in zip(rows, origins, strict=True)]
+    table = [[*row, shorten(source, room)] for row, source in zip(cells, ["from", *sources], strict=True)]
+    return columns(table, "llr" if wide else "lr")
 
 
 def _ignored(items: list[dict[str, str]]) -> list[tuple[str, str]]:

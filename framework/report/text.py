@@ -59,8 +59,7 @@ def block(name: str, lines: Sequence[str]) -> list[str]:
 
 
 def heading(job: str, recipe: str, tier: str, tp_size: int, *more: str) -> list[str]:
-    """The first line: what was understood."""
-    return [
-        "  ".join([job, recipe, "", tier, "", f"tp {tp_size}", *(f"  {m}" for m in more)]).replace("   ", "  "),
-        "",
-    ]
+    """The first line: what was understood; the gaps between its parts are as wide as there is room for."""
+    parts = [f"{job}  {recipe}", tier, f"tp {tp_size}", *more]
+    line = "   ".join(parts)
+    return [line if len(line) <= width() else "  ".join(parts), ""]

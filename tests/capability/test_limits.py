@@ -27,14 +27,14 @@ CASES = [
     ("w4a16", "linear", 256, 256, 48, FLOAT),
     ("w4a16", "linear", 252, 256, 128, FLOAT),  # eight codes a word along N
     ("w4a16", "linear", 65528, 65535, 128, SAME),
-    ("w4a16", "linear", 65536, 256, 128, FLOAT),
+    ("w4a16", "linear", 65536, 256, 128, 2),
     ("w4a16", "linear", 256, 65536, 128, FLOAT),
     ("w8a16", "linear", 256, 256, 128, SAME),
     ("w8a16", "linear", 252, 256, 128, SAME),
     ("w8a16", "linear", 256, 256, 0, SAME),
     ("w8a16", "linear", 256, 256, 256, SAME),
     ("w8a16", "linear", 256, 256, 16, FLOAT),
-    ("w8a16", "linear", 65536, 256, 0, FLOAT),
+    ("w8a16", "linear", 65536, 256, 0, 2),
     # npu_grouped_matmul: int4 by row or whole groups of any size, int8 by row only (G26)
     ("w4a16", "moe", 256, 256, 128, SAME),
     ("w4a16", "moe", 256, 256, 16, SAME),
@@ -52,10 +52,10 @@ CASES = [
     ("w8a8_static", "linear", 65536, 256, 0, 2),
     ("w8a8_dynamic", "linear", 250, 250, 0, SAME),
     ("w8a8_dynamic", "linear", 65535, 65535, 0, SAME),
-    ("w8a8_dynamic", "linear", 256, 65536, 0, 2),
+    ("w8a8_dynamic", "linear", 256, 65536, 0, REFUSED),
     ("w8a8_dynamic", "linear", 151936, 256, 0, 3),
-    ("w8a8_dynamic", "linear", 151936, 65536, 0, 6),
-    ("w8a8_mix", "linear", 256, 65536, 0, 2),
+    ("w8a8_dynamic", "linear", 151936, 65536, 0, REFUSED),
+    ("w8a8_mix", "linear", 65536, 256, 0, 2),
     ("w8a8_dynamic", "moe", 250, 250, 0, SAME),
     ("w8a8_dynamic", "moe", 256, 65536, 0, REFUSED),
     # int4 by int4: N and K in eights, one scale a row
@@ -75,6 +75,7 @@ CASES = [
     ("w4a8_dynamic", "linear", 256, 1024, 128, 8),
     ("w4a8_dynamic", "linear", 256, 1024, 64, 16),
     ("w4a8_dynamic", "linear", 65544, 1024, 128, 16),
+    ("w4a8_dynamic", "linear", 256, 640, 0, 1),  # no groups of 256: one call of int8 codes
     ("w4a8_dynamic", "linear", 252, 1024, 256, REFUSED),
     ("w4a8_dynamic", "moe", 256, 1024, 256, SAME),
     ("w4a8_dynamic", "moe", 256, 1024, 0, SAME),
@@ -97,7 +98,9 @@ CASES = [
     ("w4a8_mxfp", "linear", 256, 96, 32, REFUSED),
     ("w4a8_mxfp", "moe", 256, 128, 32, SAME),
     ("w4a8_mxfp", "moe", 256, 96, 32, REFUSED),
-    ("mxfp8", "linear", 65536, 256, 32, REFUSED),
+    ("mxfp8", "linear", 65536, 256, 32, 2),
+    ("mxfp8", "linear", 256, 65536, 32, REFUSED),
+    ("mxfp8", "moe", 65536, 256, 32, REFUSED),
     # float
     ("float", "linear", 151936, 70001, 0, SAME),
     ("float", "moe", 255, 255, 0, SAME),
@@ -154,9 +157,10 @@ def test_how_a_shard_runs(scheme, layer, n, k, group, outcome):
     assert made.pieces == (outcome if isinstance(outcome, int) else 1)
     assert made.op == OPS[("float", layer) if outcome == FLOAT else (scheme, layer)]
     assert (made.reason == "") == (outcome == SAME)
+    assert (made.bits == 8) == (scheme == "w4a8_dynamic" and group % 256 + k % 256 > 0 and isinstance(outcome, int))
     if outcome != SAME:
         limit = LIMITS[scheme, layer]
-        assert limit.op in made.reason and any(str(value) in made.reason for value in (n, k, group))
+        assert limit.op in made.reason and any(str(value) in made.reason for value in (n, k, group or k))
 
 
 def test_every_scheme_has_its_calls():
@@ -188,4 +192,4 @@ def test_any_shape_is_answered(key, n, k, group):
     made = fit(LIMITS, *key, n, k, group)
     assert made.pieces >= 1 and made.op
     assert not (made.refused and made.scheme != key[0])
-    assert bool(made.reason) == (made.refused or made.pieces > 1 or made.scheme != key[0])
+    assert bool(made.reason) == (made.refused or made.pieces > 1 or made.bits > 0 or made.scheme != key[0])

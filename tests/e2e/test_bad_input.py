@@ -117,7 +117,8 @@ CASES = {
     "an assumption instead of a file": (
         lambda t: ["model.path=/no/weights", CHECK, "model.assume={config: x.json}"], 2, "config-missing", "x.json"),
     "an assumption without its config": (
-        lambda t: ["model.path=/no/weights", CHECK, "model.assume.format=awq"], 2, "missing-key", "model.assume.config"),
+        lambda t: ["model.path=/no/weights", CHECK, "model.assume.format=awq"], 2, "missing-key",
+        "model.assume.config"),
     "messages without an author": (
         lambda t: [f"model.path={GGUF}", f"job.prompt_file={jsonl(t)}"], 2, "prompt-file", "p.jsonl:3"),
     "nothing to generate from": (lambda t: [f"model.path={GGUF}"], 2, "prompts-missing", "job.prompts"),

@@ -88,7 +88,7 @@ def test_g04_float_experts_run_beside_quantized_ones(tmp_path, floats):
     schemes = {m.name: m.scheme for m in plan_of(tmp_path).modules if m.module.experts}
     assert set(schemes.values()) == {"float", "w8a8_dynamic"}
     right = literal(tensors, config, {name: run(1) for name, (run, _) in made.items()})
-    assert close(logits(tmp_path), right, 5e-3)
+    assert close(logits(tmp_path), right, 1e-3)
 
 
 def two_stage(folder, group, **sizes):
@@ -290,7 +290,7 @@ def test_g13_a_description_named_after_its_type_is_found(tmp_path):
     checked = check(tmp_path)
     assert checked.format == "modelslim"
     assert "modelslim.w8a8_dynamic.linear" in {use.row for use in checked.rows}
-    assert close(logits(tmp_path), literal(tensors, config, linears), 5e-3)
+    assert close(logits(tmp_path), literal(tensors, config, linears), 1e-3)
 
 
 def test_g14_the_bias_of_a_norm_is_added_by_that_norm_alone(tmp_path):

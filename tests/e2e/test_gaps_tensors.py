@@ -88,11 +88,10 @@ def row_of_experts(checked):
 
 def test_g29_symmetric_int8_experts_have_no_offset_and_run(tmp_path):
     tensors, config, right = save_experts(tmp_path, 8, 0, "int-quantized", inputs=TOKEN)
-    assert not [name for name in plan_of(tmp_path).modules if "offset" in name.name]
     assert row_of_experts(check(tmp_path, ALLOWED)) == f"{ROWS}w8a8_dynamic.moe"
     linears = {name: per_token(values, 127) for name, values in right.items()}
     whole = literal(tensors, config, linears)
-    assert close(logits(tmp_path), whole, 5e-3)
+    assert close(logits(tmp_path), whole, 1e-3)
     for kind, k in (("gate_proj", 64), ("down_proj", 128)):
         x = inputs_of(k)
         assert close(multiply(plan_of(tmp_path), kind, x), by_expert(right, kind, x, lambda w: per_token(w, 127)), 1e-3)
@@ -117,9 +116,9 @@ def test_g30_the_groups_of_the_ascend_layout_select_and_its_logits_come_out(fold
     assert {use.row for use in checked.rows if use.scheme != "float"} == {
         f"{ROWS}w4a8_dynamic.moe", f"{ROWS}w8a8_dynamic.linear",
     }  # fmt: skip
-    right = np.load(path / "reference.npz")
-    ids = right["prompt0.input_ids"].tolist()
-    assert close(logits(path, ids=ids), right["prompt0.logits_sim"], 1e-2)
+    with np.load(path / "reference.npz") as reference:
+        ids, right = reference["prompt0.input_ids"].tolist(), reference["prompt0.logits_sim"]
+    assert close(logits(path, ids=ids), right, 3e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -250,10 +250,11 @@ def test_g21_the_groups_of_experts_are_those_of_g_idx(tmp_path, encode):
 @pytest.mark.parametrize("experts", [0, 2])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_g22_one_scale_a_row_is_no_group(tmp_path, bits, experts):
-    *_, right = save_mlp(tmp_path, to_gptq(bits), declared("gptq", bits, 0), 0, bits=bits, experts=experts)
+    sizes = dict(hidden=256, width=256)
+    *_, right = save_mlp(tmp_path, to_gptq(bits), declared("gptq", bits, 0), 0, bits=bits, experts=experts, **sizes)
     plan = plan_of(tmp_path)
     assert {m.scheme for m in plan.modules if m.name.startswith(MLP) and m.name.endswith("_proj")} == {f"w{bits}a16"}
-    runs_right(tmp_path, right, (64, 128))
+    runs_right(tmp_path, right, (256, 256))
 
 
 def test_g23_rules_by_module_decide_bits_groups_and_what_stays_float(tmp_path):
@@ -305,7 +306,7 @@ def test_g27_the_lowest_code_keeps_its_value_under_a_negative_scale(tmp_path, me
         codes, zero, scale = negative(*integers(*shape, 32, symmetric=True, seed=i))
         assert (scale < 0).any() and (codes[scale[:, 0] < 0, :32] == 0).any()
         held[name], right[name] = encode(codes, zero, scale), widened(codes, scale, zero)
-    save(tmp_path, config, held, quantization=declared(method, 4, 32))
+    save(tmp_path, config, held, quantization=declared(method, 4, 32, sym=True, zero_point=False))
     runs_right(tmp_path, right, (64, 128), dtypes=("bfloat16", "float16"))
 
 

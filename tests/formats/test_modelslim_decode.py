@@ -182,8 +182,8 @@ def tensors_of(name, rng):
     label, n, k, pack, groups, more = CASES[name]
     if pack is None:
         raw = rng.integers(0, 256, (n, k if "FP8" in label else k // 2)).astype(np.uint8)
-        made = {"weight": torch.from_numpy(raw),
-                "weight_scale": torch.from_numpy(rng.integers(110, 140, (n, ceil(k / 32))).astype(np.uint8))}  # fmt: skip
+        exponents = rng.integers(110, 140, (n, ceil(k / 32))).astype(np.uint8)
+        made = {"weight": torch.from_numpy(raw), "weight_scale": torch.from_numpy(exponents)}
         if "FP8" in label:  # 127 and 255 are the NaNs of e4m3
             made["weight"] = torch.from_numpy(np.where(raw & 127 == 127, 1, raw)).view(torch.float8_e4m3fn)
         if label.endswith("DUALSCALE"):

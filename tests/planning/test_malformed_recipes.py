@@ -44,8 +44,8 @@ ASKED = {
     "the same pattern twice": (
         W8, [rules(("*.down_proj", "float"), ("*.down_proj", "w8a16"))], 1, "pattern-shadowed", ["*.down_proj"]),
     "a pattern that splits experts": (
-        W8_MOE, [rules(("*.experts.3.*", "float"))], 1, "pattern-experts " * 6,
-        ["1 of the 8 experts", "*.experts.3.*"]),
+        W8_MOE, [rules(("*.experts.3.*", "float"))], 1, "pattern-experts",
+        ["1 of the experts", "and 5 more", "*.experts.3.*"]),
     "an expression that does not compile": (W8, [rules(("re:(", "float"))], 1, "pattern-syntax", ["re:("]),
     "a scheme that the codes cannot serve": (
         W8, [rules(("*.0.*q_proj", "mxfp8"))], 1, "scheme-mismatch", [Q, "mxfp8", "w8a8_dynamic"]),
@@ -112,7 +112,8 @@ ASKED = {
     "a ggml type that is not decoded": (
         copied("tiny-qwen3/gguf-q2_k-1l", replaced("model.gguf", *(
             b"blk.0.ffn_up.weight" + bytes.fromhex("02000000 00010000 00000000 00020000 00000000") + bytes([k, 0, 0, 0])
-            for k in (10, 41)))), ["capability.allow=[tbd]"], 1, "gguf-type", ["blk.0.ffn_up.weight", "type 41 (Q1_0)"]),
+            for k in (10, 41)))), ["capability.allow=[tbd]"], 1, "gguf-type", ["blk.0.ffn_up.weight",
+        "type 41 (Q1_0)"]),
     "a GGUF without a key": (
         copied(GGUF, replaced("model.gguf", b"qwen3.block_count", b"qwen3.block_cound")), [], 2, "gguf-key",
         ["qwen3.block_count"]),

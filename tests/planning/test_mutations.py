@@ -1,4 +1,4 @@
-"""Whatever stands in headers, descriptions and configs: a check ends in a verdict or a UserError, soon and in little memory."""
+"""Whatever stands in headers, descriptions and configs: a check ends in a verdict or a UserError, soon and small."""
 
 import json
 import resource
@@ -43,7 +43,7 @@ PIPELINE = GOLDEN / "diffusion" / "tiny-wan2.2"
 numbers = st.sampled_from([0, 1, -1, 2, 3, 7, 16, 100, 255, 4096, 1 << 20, 1 << 31, 10**12, 1 << 63, 10**30, 0.5, 1e300,
                            -0.0, nan, inf])  # fmt: skip
 words = st.sampled_from(["", "int", "float", "weight", "re:(", "re:.*", "*", "Linear", "0", "-1", "1e9", "W8A8_DYNAMIC",
-                         "model.layers.0", "BF16", "I32", "gptq", "awq", "dense", "yarn", "linear", "\0", "ü"])  # fmt: skip
+                         "model.layers.0", "BF16", "I32", "gptq", "awq", "dense", "yarn", "linear", "ü"])  # fmt: skip
 leaves = st.one_of(st.none(), st.booleans(), numbers, words, st.text(max_size=4))
 values = st.recursive(
     leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=5
@@ -139,7 +139,7 @@ def written(folder, documents, size):
                 file.write(text)
 
 
-few = settings(max_examples=160, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=140, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -170,10 +170,12 @@ def test_mutated_gguf_metadata_are_judged(name, changes):
 
 @pytest.mark.parametrize("name", GGUFS)
 @few
-@given(changes=st.lists(st.tuples(st.integers(0, 1 << 14), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4))
+@given(changes=st.lists(st.tuples(st.integers(-2048, 2048), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4))
 def test_a_gguf_with_other_bytes_is_judged(name, changes, tmp_path_factory):
-    raw = bytearray(_gguf(name))
-    for place, bytes_there in changes:
+    content, data = _gguf(name)
+    raw = bytearray(content)
+    for step, bytes_there in changes:  # of the first keys, or of the table of tensors, which ends before the data
+        place = step if step >= 0 else data + step
         raw[place : place + len(bytes_there)] = bytes_there
     path = tmp_path_factory.getbasetemp() / "mutated.gguf"
     path.write_bytes(raw)
@@ -183,7 +185,8 @@ def test_a_gguf_with_other_bytes_is_judged(name, changes, tmp_path_factory):
 
 @cache
 def _gguf(name):
-    return next((GOLDEN / name).glob("*.gguf")).read_bytes()
+    index = open_index(GOLDEN / name)
+    return index.root.read_bytes(), min(info.offset for info in index.tensors.values())
 
 
 @few

@@ -86,6 +86,20 @@ def test_columns_in_activation_order_are_put_back_and_cannot_be_cut():
         held.slice(0, N, 0, 512)
 
 
+def test_zero_points_of_one_part_alone_are_kept_when_weights_are_stacked():
+    parts = [weight("w8a16", 6, 64, 32, seed=1), weight("w8a16", 4, 64, 32, seed=2, zeros=True)]
+    for pair in (parts, parts[::-1]):
+        assert np.array_equal(values(concat(pair)), np.concatenate([values(part) for part in pair]))
+
+
+def test_weights_of_different_kinds_are_not_stacked():
+    plain = weight("w8a16", 4, 64, 32)
+    odd = {"order": torch.arange(64).flip(0)}, {"whole": {"alpha": torch.ones(1)}}, {"bits": 4}
+    for change in odd:
+        with pytest.raises(ValueError, match="different kinds"):
+            concat([plain, replace(plain, **change)])
+
+
 def test_weights_that_differ_in_what_the_input_passes_are_not_fused():
     held = weight("w8a8_static", N, K)
     grouped = weight("w4a16", N, K, 64)

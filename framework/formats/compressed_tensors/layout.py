@@ -146,8 +146,9 @@ def _quantized(module: Module, index: Index, group: Group) -> Held:
         return _paired(module, index, group)
     packed = f"{name}.weight_packed" in index.tensors or (weight is None and group.format == PACKED)
     gathered = group.weights.gathered or f"{name}.weight_g_idx" in index.tensors
-    group = replace(group, weights=replace(group.weights, gathered=gathered))
-    assert group.weights is not None
+    if gathered != group.weights.gathered:
+        group = replace(group, weights=replace(group.weights, gathered=gathered))
+        assert group.weights is not None
     word = 32 // group.weights.bits if packed else 1
     step = 1  # with one scale a row, every rank keeps it
     if 0 < group.weights.group < k:

@@ -42,14 +42,14 @@ def decode(
     if scheme == "float":
         # whole words and groups are read, then cut
         wide = _aligned(rect, module, kind, source)
-        values = _quantized(module, wide, kind, source)
+        values = _quantized(module, wide, kind, source, static=False)
         weight = values.dequantize()
         if "mul_scale" in values.columns:
             weight = weight * values.columns["mul_scale"]
         n0, k0 = rect.n0 - wide.n0, rect.k0 - wide.k0
         n, k = rect.shape
         return QuantTensor(weight[n0 : n0 + n, k0 : k0 + k].to(dtype))
-    return _quantized(module, rect, kind, source)
+    return _quantized(module, rect, kind, source, static=scheme == "w8a8_static")
 
 
 def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
@@ -128,7 +128,8 @@ def _aligned(rect: Rect, module: Module, kind: QuantType, source: _Source) -> Re
     )
 
 
-def _quantized(module: Module, rect: Rect, kind: QuantType, source: _Source) -> QuantTensor:
+def _quantized(module: Module, rect: Rect, kind: QuantType, source: _Source, *, static: bool) -> QuantTensor:
+    """Decode codes and scales; with `static` also what belongs to activations of one scale."""
     codes = _codes(module, rect, kind, source)
     factor_values = source.factor()
     columns = {} if factor_values is None else {"mul_scale": factor_values[rect.k0 : rect.k1]}
@@ -141,9 +142,10 @@ def _quantized(module: Module, rect: Rect, kind: QuantType, source: _Source) -> 
     zero = None
     if source.info("deq_scale"):
         deq_scale = _deq_scale(source)[rect.n0 : rect.n1]
-        rows = {"deq_scale": deq_scale, "quant_bias": source.vector("quant_bias")[rect.n0 : rect.n1]}
-        whole = {name: source.vector(name).float() for name in ("input_scale", "input_offset")}
-        scale = (deq_scale / whole["input_scale"]).unsqueeze(1)
+        scale = (deq_scale / source.vector("input_scale").float()).unsqueeze(1)
+        if static:
+            rows = {"deq_scale": deq_scale, "quant_bias": source.vector("quant_bias")[rect.n0 : rect.n1]}
+            whole = {name: source.vector(name).float() for name in ("input_scale", "input_offset")}
     if source.info("weight_scale"):
         two_stage = source.info("weight_scale_second") is not None
         first = slice(0, 1) if two_stage else slice(g0, g1)
