@@ -36,7 +36,7 @@ class Split(StrEnum):
     VOCAB = "vocab"  # rows of an embedding or a head
     EXPERT = "expert"
     REPLICATED = "replicated"
-    ROWS_GATHER = "rows+gather"  # a ROW module whose columns cannot be cut: rows are cut, inputs gathered
+    ROWS_GATHER = "rows+gather"  # a module whose columns are on ranks, but cannot be cut: rows are, inputs gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,8 @@ class Module(NamedTuple):
     (`model.layers.0.mlp.experts.*.gate_proj`), its shape is that of one expert.
     `absorbed`: the model multiplies the weight into others, so it runs as float whatever the file holds.
     `dims` is the shape in the file of a PARAMETER, whose tensor has the module's name; its `shape` is [values, 1].
+    `packed`: of a module described as ROWS_GATHER, which has no axis of its own: the (axis, unit) of the ranges that
+    its input features are made of, in order.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Module(NamedTuple):
     role: Role = Role.NONE
     dims: tuple[int, ...] = ()
     absorbed: bool = False
+    packed: tuple[tuple[str, int], ...] = ()
 
     @property
     def layer_type(self) -> str:

@@ -111,6 +111,7 @@ def _deal_heads(model: nn.Module, spec: DiffusionSpec, own: tuple[PlannedModule,
         rect = planned.shards[group.rank]
         attention = model.get_submodule(parent)
         attention.heads = (rect.n1 - rect.n0) // spec.head_dim
+        attention.inner_dim = rect.n1 - rect.n0
         for name in ("norm_q", "norm_k", "norm_added_k"):
             norm = getattr(attention, name, None)
             if norm is not None and norm.weight is not None and norm.weight.shape[0] == module.shape[0]:

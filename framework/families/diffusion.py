@@ -12,7 +12,7 @@ from typing import Any
 
 from framework.errors import InputError, Problem, Refused, nearest
 from framework.families.base import MOST_LAYERS
-from framework.families.pieces import attention, column, copied, embedder, feed_forward, norm, parameter, patch
+from framework.families.pieces import attention, column, copied, embedder, feed_forward, norm, packed, parameter, patch
 from framework.geometry import Module
 
 Config = Mapping[str, Any]
@@ -99,8 +99,8 @@ def _frozen(options: dict[str, Any]) -> dict[str, Any]:
 def diffusion_modules(spec: DiffusionSpec) -> Iterator[Module]:
     """Yield every weight of the transformer.
 
-    Attention is dealt by `heads`, feed-forward nets by `ffn`; all else is on every rank: embedders, modulation, and
-    Flux's proj_out of single blocks, whose columns lie on both axes.
+    Attention is dealt by `heads`, feed-forward nets by `ffn`; Flux's proj_out of single blocks, whose columns lie on
+    both, by its rows. All else is on every rank: embedders, modulation, outputs.
     """
     return CLASSES[spec.class_name].modules(spec)
 
@@ -155,7 +155,7 @@ def _flux(spec: DiffusionSpec) -> Iterator[Module]:
         yield copied(f"{block}.norm.linear", 3 * dim, dim)
         yield from attention(f"{block}.attn", spec.heads, spec.head_dim, norm_size=spec.head_dim, out=False)
         yield column(f"{block}.proj_mlp", spec.ffn, dim, "ffn")
-        yield copied(f"{block}.proj_out", dim, dim + spec.ffn)
+        yield packed(f"{block}.proj_out", dim, dim + spec.ffn, ("heads", spec.head_dim), ("ffn", 1))
     yield from _modulated_output(spec, o["patch_size"])
 
 

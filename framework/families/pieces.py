@@ -23,6 +23,12 @@ def row(name: str, rows: int, columns: int, axis: str, unit: int = 1) -> Module:
     return Module(name, Kind.LINEAR, (int(rows), int(columns)), Split.ROW, axis, unit, bias=True)
 
 
+def packed(name: str, rows: int, columns: int, *ranges: tuple[str, int]) -> Module:
+    """Return a linear with bias over several features side by side, each dealt along its own (axis, unit)."""
+    shape = (int(rows), int(columns))
+    return Module(name, Kind.LINEAR, shape, Split.ROWS_GATHER, bias=True, packed=ranges)
+
+
 def norm(name: str, size: int, *, bias: bool = False) -> Module:
     """Return the weight vector of a norm."""
     return Module(name, Kind.NORM, (int(size), 1), Split.REPLICATED, bias=bias)

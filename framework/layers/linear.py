@@ -29,7 +29,8 @@ class ParallelLinear(nn.Module):
     `parts` are matmuls over the same input whose outputs are concatenated (equal schemes come fused as one part).
     COLUMN and VOCAB: every rank makes its own features. ROW: partial sums are added over the ranks. ROWS_GATHER:
     inputs are gathered, every rank makes some rows, outputs are gathered. The bias is added once, after the
-    reduction. `in_sizes`, `out_sizes`: every rank's share of K and N, for the gathers. `names`, `widths`:
+    reduction. `in_sizes`: every rank's share of each range of K (ranges are dealt one by one), `out_sizes`: of N, for
+    the gathers. `names`, `widths`:
     the modules that the layer computes and their share of its output on this rank.
     """
 
@@ -39,7 +40,7 @@ class ParallelLinear(nn.Module):
         bias: Tensor | None,
         split: Split,
         group: Group,
-        in_sizes: list[int],
+        in_sizes: list[list[int]],
         out_sizes: list[int],
         names: Sequence[str] = (),
         widths: Sequence[int] = (),
@@ -68,7 +69,11 @@ class ParallelLinear(nn.Module):
 
     def spread(self, x: Tensor) -> Tensor:
         """Give every rank the inputs that its rectangle multiplies."""
-        return self.group.all_gather(x, self.in_sizes) if self.gathers else x
+        if not self.gathers:
+            return x
+        parts = x.split([sizes[self.group.rank] for sizes in self.in_sizes], dim=-1)
+        whole = [self.group.all_gather(part, sizes) for part, sizes in zip(parts, self.in_sizes, strict=True)]
+        return whole[0] if len(whole) == 1 else torch.cat(whole, dim=-1)
 
     def multiply(self, x: Tensor, *counts: Tensor) -> Tensor:
         """Return this rank's product; of experts for rows sorted by expert, with their counts."""

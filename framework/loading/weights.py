@@ -212,12 +212,12 @@ class RankWeights:
         whole = planned.split in (Split.ROW, Split.ROWS_GATHER, Split.REPLICATED)
         return planned.module.shape[0] if whole else planned.shards[self.group.rank].shape[0]
 
-    def _in_sizes(self, planned: PlannedModule) -> list[int]:
-        """Every rank's share of the input features, as the layer before made them."""
-        module, k = planned.module, planned.module.shape[1]
-        if planned.split is Split.ROWS_GATHER:
-            return self._axis_sizes(module.axis, module.unit)
-        return [k] * self.group.size
+    def _in_sizes(self, planned: PlannedModule) -> list[list[int]]:
+        """Every rank's share of each range of the input features, as the layers before made them."""
+        module = planned.module
+        if planned.split is not Split.ROWS_GATHER:
+            return [[module.shape[1]] * self.group.size]
+        return [self._axis_sizes(axis, unit) for axis, unit in module.packed or ((module.axis, module.unit),)]
 
     def _axis_sizes(self, axis: str, unit: int) -> list[int]:
         peer = next(m for m in self.plan.modules if m.module.axis == axis and m.split in (Split.COLUMN, Split.VOCAB))

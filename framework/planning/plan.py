@@ -192,6 +192,7 @@ def _described(module: Module) -> dict[str, Any]:
         "role": str(module.role),
         "dims": list(module.dims),
         "absorbed": module.absorbed,
+        "packed": [list(part) for part in module.packed],
     }
 
 
@@ -210,6 +211,7 @@ def _module_from(data: dict[str, Any]) -> PlannedModule:
         role=Role(given["role"]),
         dims=tuple(given["dims"]),
         absorbed=given["absorbed"],
+        packed=tuple((axis, unit) for axis, unit in given["packed"]),
     )
     same = ("name", "format", "scheme", "row", "label", "group", "mode", "op", "pieces", "bits", "max_rows")
     shards = tuple(Rect(*rect) for rect in data["shards"])

@@ -8,8 +8,6 @@ from framework.formats.registry import can_run
 from framework.planning.check import Checked
 
 SCHEMES = frozenset(STORAGE)
-# Diffusion transformers whose attention and feed-forward nets run cut over ranks.
-CUT_TRANSFORMERS = ("WanTransformer3DModel", "DiTTransformer2DModel")
 
 
 def require_runnable(checked: Checked) -> None:
@@ -27,9 +25,6 @@ def require_runnable(checked: Checked) -> None:
     schemes = {placed.assigned.scheme for placed in checked.placed} - SCHEMES
     if schemes:
         missing.append(f"scheme {', '.join(sorted(schemes))}")
-    for spec in (checked.model.transformers or {}).values():
-        if checked.recipe.parallel.tp_size > 1 and spec.class_name not in CUT_TRANSFORMERS:
-            missing.append(f"{spec.class_name} over several ranks (parallel.tp_size=1 runs)")
     if missing:
         raise Refused(
             Problem(

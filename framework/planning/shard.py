@@ -117,6 +117,8 @@ def place(module: Module, cuts: Cuts, grain: tuple[int, int], tp_size: int) -> t
     inputs gathered (`rows+gather`).
     """
     n, k = module.shape
+    if module.split is Split.ROWS_GATHER:
+        return _whole_rows(module, grain[0], tp_size)
     if not module.axis:
         return Split.REPLICATED, (module.full,) * tp_size
     ranges = [(a * module.unit, b * module.unit) for a, b in cuts.axes[module.axis]]
@@ -125,12 +127,16 @@ def place(module: Module, cuts: Cuts, grain: tuple[int, int], tp_size: int) -> t
             return Split.ROW, tuple(Rect(0, n, a, b) for a, b in ranges)
         if len(set(ranges)) < tp_size:
             return None  # the ranks of an expert's group cannot gather among themselves
-        step = lcm(VOCAB_GRAIN, grain[0])
-        step = next((wish for wish in (step, grain[0]) if -(-n // wish) >= tp_size), 0)
-        return (Split.ROWS_GATHER, tuple(Rect(a, b, 0, k) for a, b in deal_axis(n, tp_size, step))) if step else None
+        return _whole_rows(module, grain[0], tp_size)
     if not _aligned(ranges, grain[0], n):
         return None
     return module.split, tuple(Rect(a, b, 0, k) for a, b in ranges)
+
+
+def _whole_rows(module: Module, grain: int, tp_size: int) -> tuple[Split, tuple[Rect, ...]] | None:
+    n, k = module.shape
+    step = next((wish for wish in (lcm(VOCAB_GRAIN, grain), grain) if -(-n // wish) >= tp_size), 0)
+    return (Split.ROWS_GATHER, tuple(Rect(a, b, 0, k) for a, b in deal_axis(n, tp_size, step))) if step else None
 
 
 def _aligned(ranges: list[tuple[int, int]], grain: int, end: int) -> bool:

@@ -174,7 +174,7 @@ def grouped_part(scheme, group, n, k):
     held = [weight(scheme, n, k, group, seed=10 * n + e) for e in range(3)]
     operands = SCHEMES[scheme].prepare_experts(held, dtype=torch.float32, device=CPU)
     part = Part(lambda x, counts: SCHEMES[scheme].grouped(x, counts, operands), operands.nbytes)
-    layer = ParallelLinear([part], None, Split.REPLICATED, Alone(), [k], [n])
+    layer = ParallelLinear([part], None, Split.REPLICATED, Alone(), [[k]], [n])
     return layer, [values(one) for one in held]
 
 

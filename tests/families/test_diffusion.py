@@ -69,6 +69,9 @@ def test_heads_and_feed_forward_nets_are_dealt_and_all_else_is_on_every_rank(nam
             dealt = module.shape[1 if module.split is Split.ROW else 0]
             assert dealt == module.unit * next(iter(lengths[module.axis]))
             assert module.unit == (spec.head_dim if module.axis == "heads" else 1)
+        elif module.packed:
+            assert module.name.startswith("single_transformer_blocks.") and module.name.endswith(".proj_out")
+            assert module.shape[1] == sum(unit * next(iter(lengths[axis])) for axis, unit in module.packed)
         else:
             assert module.split is Split.REPLICATED
         parts = module.name.split(".")
