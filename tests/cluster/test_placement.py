@@ -6,6 +6,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +16,14 @@ from framework.cluster.session import open_session
 from framework.errors import InputError, Refused
 from tests.cluster import stub
 
+ROOT = Path(__file__).parents[2]
+COMMAND = [
+    sys.executable, str(ROOT / "launch.py"), "recipe=llm/local", "runtime.dtype=float32", "runtime.threads=1",
+    f"model.path={ROOT / 'tests' / 'golden' / 'tiny-qwen3' / 'gguf-q4_k_m' / 'model.gguf'}", "job.chat=false",
+    "job.prompts=['def f(x):', 'The quick brown fox']", "job.max_new_tokens=12",
+]  # fmt: skip
 TWO_NODES = """
-import json
+import json, subprocess, sys
 from dataclasses import asdict
 from ray.cluster_utils import Cluster
 from framework.cluster.session import open_session
@@ -37,6 +44,8 @@ for backend in ("gloo", "auto"):
     with open_session(options | {"backend": backend}, stub.plan(2), loader=stub.LOADER) as session:
         session.load(stub.plan(2))
         found[backend] = [session.carrier(), list(session.stream("generate", [1, 2, 3]))]
+run = subprocess.run([*sys.argv[1:], f"cluster.address={cluster.address}"], capture_output=True, text=True)
+found["command"] = [run.returncode, run.stderr]
 cluster.shutdown()
 print(json.dumps(found))
 """
@@ -50,7 +59,8 @@ def test_ranks_spread_over_two_nodes_and_strict_pack_is_refused_with_each_nodes_
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
         environment["RAY_TMPDIR"] = folder
-        command = [sys.executable, "-c", TWO_NODES]
+        there = ["cluster=attach", "cluster.cpus_per_rank=1", "parallel.tp_size=2", f"run.dir={tmp_path / 'there'}"]
+        command = [sys.executable, "-c", TWO_NODES, *COMMAND, *there]
         run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
@@ -61,6 +71,14 @@ def test_ranks_spread_over_two_nodes_and_strict_pack_is_refused_with_each_nodes_
     assert "cluster.strategy=PACK" in problem["fix"]
     assert found["gloo"] == ["gloo", [[2.0], [4.0], [6.0]]]
     assert found["auto"] == ["shared_memory", [[2.0], [4.0], [6.0]]]
+    status, said = found["command"]
+    assert status == 0, said
+    subprocess.run([*COMMAND, f"run.dir={tmp_path / 'here'}"], check=True, capture_output=True, timeout=120)
+    assert tokens(tmp_path / "there") == tokens(tmp_path / "here")
+
+
+def tokens(run_dir):
+    return [json.loads(line)["token_ids"] for line in (run_dir / "results.jsonl").read_text().splitlines()]
 
 
 def test_a_cluster_that_does_not_answer_is_said_at_once(monkeypatch):
