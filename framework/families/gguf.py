@@ -117,10 +117,12 @@ def config_of(index: Index) -> dict[str, Any]:
 
 
 def _rope_scaling(meta: Mapping[str, Any], arch: str) -> dict[str, Any]:
-    kind = str(meta.get(f"{arch}.rope.scaling.type", "none"))
+    # as llama.cpp reads it: linear unless the file says otherwise, the factor under its old name too
+    factor = meta.get(f"{arch}.rope.scaling.factor") or meta.get(f"{arch}.rope.scale_linear") or 1.0
+    kind = str(meta.get(f"{arch}.rope.scaling.type", "linear" if factor != 1.0 else "none"))
     if kind == "none":
         return {}
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": meta.get(f"{arch}.rope.scaling.factor", 1.0)}
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
     names = {
         "original_context_length": "original_max_position_embeddings",
         "yarn_beta_fast": "beta_fast",

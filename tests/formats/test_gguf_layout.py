@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,21 @@ def test_a_stand_in_that_cannot_be_is_refused(scheme, options, code, fix):
         LAYOUT.stand_in(dense(), scheme, options)
     (problem,) = caught.value.problems
     assert (problem.code, problem.fix) == (code, fix)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "factor"),
+    [
+        ({}, None, None),
+        ({"rope.scale_linear": 4.0}, "linear", 4.0),
+        ({"rope.scaling.factor": 2.0}, "linear", 2.0),
+        ({"rope.scaling.factor": 2.0, "rope.scaling.type": "yarn"}, "yarn", 2.0),
+        ({"rope.scale_linear": 4.0, "rope.scaling.type": "none"}, None, None),
+    ],
+)
+def test_positions_are_scaled_as_llama_cpp_reads_the_keys(keys, kind, factor):
+    # llama.cpp: linear where no type is named, rope.scale_linear where rope.scaling.factor is not there
+    index = open_index(GOLDEN / "tiny-qwen3" / "gguf-q4_k_m" / "model.gguf")
+    metadata = index.metadata | {f"qwen3.{name}": value for name, value in keys.items()}
+    scaling = config_of(replace(index, metadata=metadata)).get("rope_scaling", {})
+    assert (scaling.get("rope_type"), scaling.get("factor")) == (kind, factor)
