@@ -287,6 +287,14 @@ def test_a_static_weight_brings_what_its_inputs_need(made, name):
     }
 
 
+@pytest.mark.parametrize("scheme", ["w8a8_mix", "w8a8_dynamic"])
+def test_the_mix_run_per_token_leaves_the_corrections_of_its_static_half(made, scheme):
+    # with them a float bias would be taken for added already
+    module, index, *_ = made("mix")
+    held = decoded(module, index, scheme=scheme)
+    assert held.rows == {} and held.whole == {}
+
+
 def test_the_factor_of_a_smoothed_input_is_in_its_float_weight_and_beside_its_codes(tmp_path):
     tensors = tensors_of("dynamic", np.random.default_rng(3)) | {"bias": torch.arange(7.0)}
     factor = torch.linspace(0.5, 2, 33)
