@@ -19,10 +19,9 @@ from framework.geometry import Rect, Split
 from framework.planning.assign import Assigned, Rule, assign
 from framework.planning.demands import demands
 from framework.planning.parts import Described, describe_model
-from framework.planning.shard import Cuts, cut, deal_experts, place
+from framework.planning.shard import Cuts, cut, deal_experts, place, sizes_that_split
 from framework.recipe.schema import Recipe
 
-_MAX_SIZES = 64  # tensor-parallel sizes that are tried to name those that split
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,8 @@ def _place_all(
         heads = (model.decoder.heads, model.decoder.kv_heads) if model.decoder else None
         cuts = cut(part.modules, grains, tp_size, heads, ep_size)
         if isinstance(cuts, Problem):
-            problems.append(replace(cuts, where=where))
+            sizes = sizes_that_split(part.modules, grains, heads, ep_size)
+            problems.append(replace(cuts, where=where, fix=_offer(sizes)))
             continue
         all_cuts[part.prefix] = cuts
         uncut = []
@@ -241,7 +241,8 @@ def _place_all(
                 split, ranges = Split.EXPERT, deal_experts(entry.module.experts, tp_size, ep_size)
             placed.append(Placed(entry, row_of.get(entry.name), split, shards, made, ranges))
         if uncut:
-            problems.append(_unaligned(uncut, grains, heads, ep_size, where))
+            sizes = sizes_that_split(part.modules, grains, heads, ep_size)
+            problems.append(_unaligned(uncut, grains[uncut[0].module.name], sizes, where))
     return placed, all_cuts, problems + _refused(placed), _fit_notes(placed)
 
 
@@ -266,27 +267,24 @@ def _fit(entry: Assigned, limits: Limits, shards: tuple[Rect, ...]) -> Fit | Non
     return max(fits, key=lambda one: (one.refused, one.scheme == "float", one.pieces))
 
 
-def _unaligned(
-    uncut: list[Assigned],
-    grains: Mapping[str, tuple[int, int]],
-    heads: tuple[int, int] | None,
-    ep_size: int,
-    where: str,
-) -> Problem:
+def _unaligned(uncut: list[Assigned], grain: tuple[int, int], sizes: list[int], where: str) -> Problem:
     first = uncut[0]
-    modules = first.part.modules
-    sizes = []
-    for size in range(ep_size, _MAX_SIZES + 1, ep_size):
-        cuts = cut(modules, grains, size, heads, ep_size)
-        if isinstance(cuts, Cuts) and all(place(m, cuts, grains.get(m.name, (1, 1)), size) for m in modules):
-            sizes.append(size)
+    along, step = ("columns", grain[1]) if first.module.split is Split.ROW else ("rows", grain[0])
     return Problem(
         "tp-align",
         f"{first.name}{f' and {len(uncut) - 1} more' if len(uncut) > 1 else ''} cannot be cut at this size",
         where,
-        f"{first.held.label or first.scheme}: rows can be cut at multiples of {grains[first.module.name][0]} only",
-        f"sizes that split: {', '.join(map(str, sizes))}",
+        f"{first.held.label or first.scheme}: {along} can be cut at multiples of {step} only",
+        _offer(sizes),
     )
+
+
+def _offer(sizes: list[int]) -> str:
+    if not sizes:
+        return "no size splits this model: another parallel.ep_size   or   scheme: float"
+    listed = ", ".join(map(str, sizes))
+    all_of_them = f"any size from 1 to {sizes[-1]}" if len(sizes) == sizes[-1] else f"sizes that split: {listed}"
+    return f"parallel.tp_size={sizes[-1]}   ({all_of_them})"
 
 
 def _by_reason(placed: list[Placed], *, refused: bool) -> dict[tuple[str, str], list[Placed]]:

@@ -41,6 +41,7 @@ def deal_axis(length: int, ranks: int, grain: int) -> list[tuple[int, int]]:
 
 # Rows of embeddings and heads are dealt in multiples of 16, the row tile of NZ layouts and of int4 kernels.
 VOCAB_GRAIN = 16
+_MAX_SIZES = 64  # tensor-parallel sizes of models without heads of their own that are tried
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,25 @@ def _whole_rows(module: Module, grain: int, tp_size: int) -> tuple[Split, tuple[
     n, k = module.shape
     step = next((wish for wish in (lcm(VOCAB_GRAIN, grain), grain) if -(-n // wish) >= tp_size), 0)
     return (Split.ROWS_GATHER, tuple(Rect(a, b, 0, k) for a, b in deal_axis(n, tp_size, step))) if step else None
+
+
+def sizes_that_split(
+    modules: Iterable[Module], grains: Mapping[str, tuple[int, int]], heads: tuple[int, int] | None, ep_size: int
+) -> list[int]:
+    """Return the tensor-parallel sizes that `cut` and `place` accept for all modules."""
+    # layers repeat: of modules that are cut alike, one is tried
+    kinds = {
+        (m.kind, m.shape, m.split, m.axis, m.unit, grain): (m, grain)
+        for m in modules
+        for grain in [grains.get(m.name, (1, 1))]
+    }
+    tried, grains = [m for m, _ in kinds.values()], {m.name: grain for m, grain in kinds.values()}
+    sizes = []
+    for size in range(ep_size, (heads[0] if heads else _MAX_SIZES) + 1, ep_size):
+        cuts = cut(tried, grains, size, heads, ep_size)
+        if isinstance(cuts, Cuts) and all(place(m, cuts, grains[m.name], size) for m in tried):
+            sizes.append(size)
+    return sizes
 
 
 def _aligned(ranges: list[tuple[int, int]], grain: int, end: int) -> bool:

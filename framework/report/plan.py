@@ -72,7 +72,7 @@ def bound(document: dict[str, Any]) -> list[str]:
     what = "decode, batch 1:" if document["spec"] else "one pass of each transformer:"
     read = f"{what} {size(max(roofline['weight_bytes_per_token']))} of weights read a rank"
     if roofline["decode_s_at_best"] is None:
-        lines = [f"{read}; time at best unknown, for the bandwidth of {tier} is"]
+        lines = [f"{read}; the bandwidth of {tier} is unknown, so no time is given"]
     else:
         speed = f", {count(round(roofline['decode_tok_s_at_best']))} tok/s" if document["spec"] else ""
         seconds = f"{roofline['decode_s_at_best'] * 1e3:.3f} ms"
@@ -81,7 +81,7 @@ def bound(document: dict[str, Any]) -> list[str]:
         return lines
     lines.append(f"each token of context adds {max(roofline['kv_bytes_per_token_of_context']) / 1024:.1f} KiB to read")
     if roofline["prefill_tok_s_at_best"] is None:
-        return [*lines, f"prefill: unknown, for the bf16 peak of {tier} is"]
+        return [*lines, f"prefill: the bf16 peak of {tier} is unknown, so no speed is given"]
     speed = count(round(roofline["prefill_tok_s_at_best"]))
     return [*lines, f"prefill: {speed} tok/s at best, {roofline['peak_tflops_bf16']:.0f} TFLOPS bf16"]
 

@@ -65,8 +65,8 @@ def test_what_is_not_known_is_unknown(monkeypatch):
     for rank in document["ranks"]:
         rank["capacity_bytes"] = 0
     text = plan_text(document, facts)
-    assert "time at best unknown, for the bandwidth of a2 is" in text
-    assert "prefill: unknown" in text
+    assert "the bandwidth of a2 is unknown, so no time is given" in text
+    assert "prefill: the bf16 peak of a2 is unknown" in text
     assert sum("unknown  " in line and "rank " in line for line in text.split("\n")) == 3
     assert all(f" {line}" in text for line in ("batch 1, empty context", "prefill as if every matrix product"))
 

@@ -134,6 +134,7 @@ def test_what_cannot_be_given_is_refused_by_name(case, check):
 
 
 SOUND = "model: {path: MODEL}\nhardware: a2\njob: check\n"
+ASSUMED = SOUND.replace("MODEL", "/none, assume: {config: MODEL/config.json, format: %s}")
 # a recipe file, the codes, words of the message; the exit status is 2
 TEXTS = {
     "a misspelt section": (SOUND + "quantisation: {online: true}\n", "unknown-key", ["quantisation", "quantization"]),
@@ -157,6 +158,10 @@ TEXTS = {
     "a bare number for text": (SOUND.replace("MODEL", "123"), "yaml-type", ["model.path", '"123"']),
     "a reference to nothing": (SOUND + "run: {dir: '${nowhere.key}'}\n", "interpolation", ["nowhere.key"]),
     "no path": (SOUND.replace("MODEL", "'???'"), "missing-key", ["model.path"]),
+    "assumed groups that leave a rest": (
+        ASSUMED % "modelslim, scheme: w4a16, group_size: 96", "format-feature", ["groups of 96", "256"]),
+    "an assumed scheme that its tool does not write": (
+        ASSUMED % "compressed_tensors, scheme: w4a4_dynamic", "quant-type-unknown", ["w4a4_dynamic", "w4a8_dynamic"]),
     "an unknown job": (SOUND.replace("check", "chek"), "unknown-value", ["chek", "check"]),
 }  # fmt: skip
 
@@ -181,6 +186,7 @@ ACCEPTED = {
     "an empty vision tower": (of(W8, put("visual.patch_embed.weight", "BF16", 4, 4)), ""),
     "a config of 8 bits for some": (
         of(GPTQ, quantization(dynamic={"-:nothing": {}})), "w4a16"),
+    "groups that do not divide the input": (of(held("gptq", "w4a16", MOE, group_size=96)), "dequantized at load"),
 }  # fmt: skip
 
 
