@@ -42,7 +42,10 @@ class RankInfo:
 
 
 class Rank:
-    """A rank and what it holds. Methods run one after another; the loaded model is reached by method name.
+    """A rank and what it holds. The loaded model is reached by method name.
+
+    Methods run one after another, but for `describe` and `call`, which may run beside another: the method that is
+    called has to be made for it.
 
     Args:
         rank: this rank's number.
@@ -180,13 +183,17 @@ class Rank:
         return getattr(self._model, name)(*args)
 
     def stream(self, name: str, *args: Any) -> Iterator[list[Any]]:  # noqa: ANN401
-        """Yield the items of the model's generator `name(*args)` in lists: the first alone, at once."""
+        """Yield the items of the model's generator `name(*args)` in lists: the first alone, at once.
+
+        An empty item says that the next one may be long in coming: it sends off what waits and goes no further.
+        """
         pending: list[Any] = []
         last = 0.0
         for item in getattr(self._model, name)(*args):
-            pending.append(item)
+            if item:
+                pending.append(item)
             now = time.monotonic()
-            if now - last >= BATCH_S:
+            if pending and (not item or now - last >= BATCH_S):
                 yield pending
                 pending, last = [], now
         if pending:

@@ -19,6 +19,7 @@ from framework.cluster.rank import Rank, RankInfo
 
 # a death may be noticed by its peers before Ray tells of it
 BETTER_CAUSE_S = {Kind.APPLICATION: 0.0, Kind.DEATH: 0.2, Kind.COLLECTIVE: 3.0}
+ASIDE = "aside"  # the concurrency group of calls that run while a stream does
 EXAMINE_S = 4.0
 KILL_S = 1.0
 
@@ -117,6 +118,23 @@ class RaySession:
         results = self._results(lambda actor, rank: actor.call.remote(method, *args))
         self._note("ready")
         return results
+
+    def tell(self, method: str, *args: Any) -> None:  # noqa: ANN401
+        """See Session."""
+        for actor in self._active()[:1]:  # none: the stream says why
+            actor.call.options(concurrency_group=ASIDE).remote(method, *args)
+
+    def alive(self, timeout_s: float) -> bool:
+        """See Session."""
+        import ray
+
+        actors = self._active()
+        asked = [actor.describe.options(concurrency_group=ASIDE).remote() for actor in actors]
+        try:
+            ray.get(asked, timeout=timeout_s)
+        except ray.exceptions.RayError:
+            return False
+        return bool(actors)
 
     def unload(self) -> None:
         """See Session."""
@@ -298,7 +316,7 @@ def _maker(
         environment = {}
 
     def make(rank: int) -> Any:  # noqa: ANN401
-        actor = ray.remote(Rank).options(
+        actor = ray.remote(concurrency_groups={ASIDE: 1})(Rank).options(
             num_cpus=wanted["CPU"],
             resources={name: amount for name, amount in wanted.items() if name != "CPU"},
             max_restarts=0,

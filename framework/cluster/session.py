@@ -40,6 +40,14 @@ class Session(Protocol):
         """Run the loaded model's method on every rank; return the results in rank order."""
         ...
 
+    def tell(self, method: str, *args: Any) -> None:  # noqa: ANN401
+        """Run rank 0's method while a stream runs, and wait for nothing. From any thread; in the order of the calls."""
+        ...
+
+    def alive(self, timeout_s: float) -> bool:
+        """Return whether every rank answers, while a stream runs too. From any thread; raises nothing."""
+        ...
+
     def unload(self) -> None:
         """Drop the loaded model on every rank; the ranks stay."""
         ...
@@ -60,23 +68,26 @@ def open_session(
     *,
     loader: str = LOADER,
     log_dir: Path | None = None,
+    shared: bool = False,
 ) -> Iterator[Session]:
     """Start the ranks of a plan and end them with the block, however that ends.
 
-    One rank on the CPU with `cluster=local` lives in this process, without Ray.
+    One rank on the CPU with `cluster=local` lives in this process, without Ray; not where it is `shared` with other
+    sessions, which then all use the Ray of the first one.
 
     Args:
         cluster: the recipe's cluster choice (see ClusterOptions.of).
         plan: says `tp_size`, `runtime.device` and `runtime.threads`.
         loader: `module:function` that a rank calls to load; tests put their own here.
         log_dir: where to keep `log.rank<k>.txt` of a rank that fails.
+        shared: other sessions run beside this one, in blocks within this one's.
 
     Raises:
         Refused: `placement`, `ray-unreachable`, and as Session.
     """
     options = ClusterOptions.of(cluster)
     session: Session
-    if options.name == "local" and plan.tp_size == 1 and plan.runtime.device == "cpu":
+    if not shared and options.name == "local" and plan.tp_size == 1 and plan.runtime.device == "cpu":
         session = InProcess(options, loader)
     else:
         from framework.cluster.ray_session import RaySession
@@ -114,6 +125,14 @@ class InProcess:
     def call(self, method: str, *args: Any) -> list[Any]:  # noqa: ANN401
         """See Session."""
         return [self._rank.call(method, *args)]
+
+    def tell(self, method: str, *args: Any) -> None:  # noqa: ANN401
+        """See Session."""
+        self._rank.call(method, *args)
+
+    def alive(self, timeout_s: float) -> bool:
+        """See Session."""
+        return True
 
     def unload(self) -> None:
         """See Session."""

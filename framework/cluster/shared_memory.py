@@ -35,6 +35,7 @@ SLOT_BYTES = 4 << 20
 SPINS = 50  # reads before the core is offered to others: a peer on the same core needs it
 YIELD_S = 0.02  # after this long, sleep between looks instead of yielding
 NAP_S = 0.0002
+LONGEST_NAP_S = 0.005  # naps grow to this in a rank that has waited for half a second: nothing runs
 LOOK_S = 0.05  # between looks whether the peers still live
 MAX_VIEWS = 1024
 
@@ -181,7 +182,7 @@ class SharedMemoryGroup:
             os.sched_yield()
             now = time.monotonic()
             if now - start > YIELD_S:
-                time.sleep(NAP_S)
+                time.sleep(min(LONGEST_NAP_S, max(NAP_S, (now - start) / 100)))
             if now > look:
                 look = now + LOOK_S
                 self._look(line, step, now - start)

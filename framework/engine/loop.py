@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from framework.engine.batch import Batch, BatchBuilder, Piece
 from framework.engine.cache import PAGE_TOKENS, KVCache, pages_for
+from framework.engine.inbox import Inbox
 from framework.engine.output import Output
-from framework.engine.request import Finished, Request, TokenEvent
+from framework.engine.request import Event, Failed, Load, Orders, Request, TokenEvent
 from framework.engine.sampler import choose, logprobs
 from framework.engine.scheduler import Chunk, Scheduler, Sequence
 from framework.errors import InputError, Problem, Refused
@@ -19,15 +21,17 @@ from framework.layers.group import Group
 from framework.text.tokenizer import Tokenizer
 
 Model = Callable[[Batch, list[tuple[Tensor, Tensor]]], Tensor]
-Events = list[TokenEvent | Finished]
+Events = list[Event]
+HEARTBEAT_S = 5.0  # a rank that waits for work hears from rank 0 this often, far within a collective's time-out
+_PAYLOAD_BYTES = 1024  # orders travel in multiples of this, so that few shapes are ever broadcast
 
 
 class Engine:
-    """Runs requests on a model over a paged cache. `generate` and `score` are called on all ranks alike.
+    """Runs requests on a model over a paged cache. Its methods are called on all ranks alike.
 
-    Once a step rank 0 spreads an int64 tensor [1 + max_batch]: whether to stop, then for each token chosen
-    2 * token + (1 if that ends its request). Requests that arrive while others run can enter by the same
-    message.
+    Once a step rank 0 spreads an int64 tensor [1 + max_batch]: 2 * bytes of orders + (1 if this is the end), then for
+    each token chosen 2 * token + (1 if that ends its request). Orders, where there are any, follow in a second
+    broadcast; so requests join and leave between two steps on all ranks at once.
 
     Args:
         model: (batch, cache layers) to logits [S, vocab] fp32 of the batch's logit rows, equal on all ranks.
@@ -38,7 +42,6 @@ class Engine:
         chunk_tokens: tokens of a step, so that a long prompt does not hold up the others.
         eos_ids: ids that end a request, beside the tokenizer's own.
         context: tokens of prompt and answer together; what the cache holds if not given.
-        should_stop: asked once a step on rank 0; True ends `generate` on all ranks.
     """
 
     def __init__(
@@ -52,21 +55,33 @@ class Engine:
         chunk_tokens: int,
         eos_ids: Iterable[int] = (),
         context: int | None = None,
-        should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self._model, self._cache, self._tokenizer, self._group = model, cache, tokenizer, group
-        self._max_batch, self._chunk_tokens = max_batch, chunk_tokens
-        self._context, self.should_stop = context, should_stop
+        self._max_batch, self._chunk_tokens, self._context = max_batch, chunk_tokens, context
         self._message = torch.zeros(1 + max_batch, dtype=torch.int64, device=cache.device)
         self._eos_ids = frozenset(eos_ids) | frozenset(tokenizer.stop_ids if tokenizer else ())
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Events]:
-        """Yield what each step brought, on rank 0; empty lists on the others.
+        """Yield what each step brought, on rank 0; empty lists on the others. Ends with the last request.
 
         Raises:
             InputError: `bad-request`, `prompt-too-long`. Refused: `not-finite`.
         """
-        start_s = time.perf_counter()
+        for events in self._run(requests, None):
+            for event in events:
+                if isinstance(event, Failed):
+                    raise Refused(event.problem)
+            yield events
+
+    def serve(self, inbox: Inbox) -> Iterator[Events]:
+        """Run the requests that come to rank 0's inbox until that is closed; yield as `generate`.
+
+        A request that fails ends alone, with an event. Where there was a change, a step's events end with the Load.
+        An empty list says that nothing will come for a while.
+        """
+        yield from self._run((), inbox)
+
+    def _run(self, requests: Iterable[Request], inbox: Inbox | None) -> Iterator[Events]:
         scheduler = Scheduler(
             requests,
             self._cache.pages,
@@ -75,22 +90,39 @@ class Engine:
             context=self._context,
         )
         builder = BatchBuilder(self._cache.device)
-        outputs = {
-            id(sequence): Output(sequence, self._tokenizer, self._eos_ids, start_s)
-            for sequence in scheduler.waiting
-            if self._group.rank == 0
-        }
+        outputs: dict[int, Output] = {}
+        self._expect(scheduler.waiting, outputs)
         before: list[Sequence] = []
-        while scheduler.unfinished:
+        load = Load(0, 0, 0)
+        end = False
+        while not end and (inbox is not None or scheduler.unfinished):
             chunks = scheduler.next()
             sequences = [chunk.sequence for chunk in chunks]
             if sequences != before:
                 builder.forget()
             before = sequences
-            events, stop = self._step(builder, scheduler, chunks, outputs)
-            if stop:
-                return
+            events, orders, end = self._step(builder, scheduler, chunks, outputs, inbox)
+            for arrived in orders:
+                known = len(scheduler.waiting)
+                scheduler.add(arrived.requests)
+                self._expect(list(scheduler.waiting)[known:], outputs)
+                scheduler.cancel(arrived.cancelled)
+                for index in arrived.cancelled:
+                    outputs.pop(index, None)
+            if inbox is not None and self._group.rank == 0:
+                now = Load(len(scheduler.running), len(scheduler.waiting), scheduler.pages_used)
+                if now != load:
+                    events.append(load := now)
             yield events
+            if events and inbox is not None and not scheduler.unfinished:
+                yield []
+
+    def _expect(self, sequences: Iterable[Sequence], outputs: dict[int, Output]) -> None:
+        """Keep on rank 0 what the answers of these will be made of."""
+        if self._group.rank == 0:
+            now_s = time.perf_counter()
+            for sequence in sequences:
+                outputs[sequence.request.index] = Output(sequence, self._tokenizer, self._eos_ids, now_s)
 
     @torch.inference_mode()
     def score(self, token_ids: list[int]) -> Tensor:
@@ -137,30 +169,43 @@ class Engine:
         scheduler: Scheduler,
         chunks: list[Chunk],
         outputs: dict[int, Output],
-    ) -> tuple[Events, bool]:
-        """Run one batch; return its events and whether to stop."""
-        logits = self._model(builder.build(_pieces(chunks)), self._cache.layers)
+        inbox: Inbox | None,
+    ) -> tuple[Events, list[Orders], bool]:
+        """Run one batch, or wait for orders where there is none; return its events, orders, and whether to end."""
         sequences = [chunk.sequence for chunk in chunks if chunk.ends]
+        logits = self._model(builder.build(_pieces(chunks)), self._cache.layers) if chunks else None
         events: Events = []
         if self._group.rank == 0:
-            token_ids = choose(logits, sequences) if sequences else []
-            finished = _report(sequences, token_ids, logits, outputs, events)
-            stop = self.should_stop is not None and self.should_stop()
+            token_ids: list[int] = []
+            finished: list[bool] = []
+            if logits is not None and sequences:
+                token_ids = choose(logits, sequences)
+                finished = _report(sequences, token_ids, logits, outputs, events)
+            orders, end = inbox.take(0.0 if chunks else HEARTBEAT_S) if inbox else ([], False)
             if self._group.size > 1:
-                self._tell(token_ids, finished, stop=stop)
+                self._tell(token_ids, finished, orders, end=end)
         else:
-            token_ids, finished, stop = self._hear(len(sequences))
+            token_ids, finished, orders, end = self._hear(len(sequences))
         scheduler.advance(chunks, token_ids, finished)
-        return events, stop
+        return events, orders, end
 
-    def _tell(self, token_ids: list[int], finished: list[bool], *, stop: bool) -> None:
-        words = [int(stop), *(2 * token + done for token, done in zip(token_ids, finished, strict=True))]
+    def _tell(self, token_ids: list[int], finished: list[bool], orders: list[Orders], *, end: bool) -> None:
+        payload = pickle.dumps(orders) if orders else b""
+        size = -(-len(payload) // _PAYLOAD_BYTES) * _PAYLOAD_BYTES
+        words = [2 * size + end, *(2 * token + done for token, done in zip(token_ids, finished, strict=True))]
         self._message[: len(words)] = torch.tensor(words)
         self._group.broadcast(self._message)
+        if size:
+            padded = torch.frombuffer(bytearray(payload.ljust(size, b"\0")), dtype=torch.uint8)
+            self._group.broadcast(padded.to(self._cache.device))
 
-    def _hear(self, count: int) -> tuple[list[int], list[bool], bool]:
-        stop, *words = self._group.broadcast(self._message)[: 1 + count].tolist()
-        return [word >> 1 for word in words], [bool(word & 1) for word in words], bool(stop)
+    def _hear(self, count: int) -> tuple[list[int], list[bool], list[Orders], bool]:
+        first, *words = self._group.broadcast(self._message)[: 1 + count].tolist()
+        orders: list[Orders] = []
+        if size := first >> 1:
+            payload = self._group.broadcast(torch.empty(size, dtype=torch.uint8, device=self._cache.device))
+            orders = pickle.loads(payload.cpu().numpy().tobytes())
+        return [word >> 1 for word in words], [bool(word & 1) for word in words], orders, bool(first & 1)
 
 
 def _pieces(chunks: list[Chunk]) -> list[Piece]:
@@ -179,26 +224,28 @@ def _report(
     now_s = time.perf_counter()
     finished = []
     for i, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True)):
-        output, request = outputs[id(sequence)], sequence.request
-        if output.is_empty:
-            _check_finite(logits[i], request.index)
-        count = request.sampling.logprobs
-        likeliest = logprobs(logits[i].cpu(), token_id, count) if count else None
-        events.append(TokenEvent(request.index, token_id, output.take(token_id, now_s), likeliest))
-        if output.finish_reason is not None:
-            events.append(output.finished())
-        finished.append(output.finish_reason is not None)
+        request = sequence.request
+        output = outputs[request.index]
+        if output.is_empty and not bool(torch.isfinite(logits[i]).all()):
+            events.append(Failed(request.index, _not_finite(request.index)))
+        else:
+            count = request.sampling.logprobs
+            likeliest = logprobs(logits[i].cpu(), token_id, count) if count else None
+            events.append(TokenEvent(request.index, token_id, output.take(token_id, now_s), likeliest))
+            if output.finish_reason is not None:
+                events.append(output.finished())
+        ended = not isinstance(events[-1], TokenEvent)
+        if ended:
+            del outputs[request.index]
+        finished.append(ended)
     return finished
 
 
-def _check_finite(logits: Tensor, index: int) -> None:
-    if not bool(torch.isfinite(logits).all()):
-        raise Refused(
-            Problem(
-                "not-finite",
-                "the model's first logits are not finite numbers",
-                f"prompt {index}",
-                "weights or activations overflow: the text would be garbage",
-                "job=verify job.per_module=true names the first module; runtime.dtype=bfloat16",
-            )
-        )
+def _not_finite(index: int) -> Problem:
+    return Problem(
+        "not-finite",
+        "the model's first logits are not finite numbers",
+        f"prompt {index}",
+        "weights or activations overflow: the text would be garbage",
+        "job=verify job.per_module=true names the first module; runtime.dtype=bfloat16",
+    )

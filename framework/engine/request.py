@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from framework.errors import Problem
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -33,11 +35,23 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt. `index` names it in the events and, with the seed, fixes its random numbers."""
+    """One prompt. `index` names it in the events.
+
+    `draw` fixes, with the seed, its random numbers; None: the index does.
+    """
 
     index: int
     prompt_ids: list[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    draw: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What arrives while others run: requests that join, and indexes of those that nobody waits for any more."""
+
+    requests: tuple[Request, ...] = ()
+    cancelled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +90,41 @@ class Finished:
     tok_s: float
     text: str
     token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The end of a request that the model cannot answer."""
+
+    index: int
+    problem: Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a serving engine is after a step."""
+
+    running: int
+    waiting: int
+    pages_used: int
+
+
+Event = TokenEvent | Finished | Failed | Load
+
+
+def refusal(request: Request, context: int) -> Problem | None:
+    """Say why a request cannot run where prompt and answer together have `context` tokens; None if it can."""
+    where, prompt, new = f"request {request.index}", len(request.prompt_ids), request.sampling.max_new_tokens
+    if not prompt:
+        return Problem("bad-request", "the prompt has no tokens", where, fix="give at least one token")
+    if new < 1:
+        return Problem("bad-request", f"{new} new tokens were asked for", where, fix="job.max_new_tokens=64")
+    if prompt >= context:
+        return Problem(
+            "prompt-too-long",
+            f"the prompt has {prompt} tokens, the context holds {context}",
+            where,
+            "at least one token must be left to generate",
+            f"shorten it to {context - 1} tokens   or   runtime.context={prompt + new}",
+        )
+    return None

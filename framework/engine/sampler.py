@@ -27,9 +27,14 @@ def choose(logits: Tensor, sequences: list[Running]) -> list[int]:
             return [int(token) for token in logits.numpy().argmax(1)]
         return [int(token) for token in logits.argmax(1).tolist()]
     return [
-        sample(row, params, sequence.ids, uniform(params.seed, sequence.request.index, len(sequence.ids)))
+        sample(row, params, sequence.ids, uniform(params.seed, _draw(sequence), len(sequence.ids)))
         for row, params, sequence in zip(logits.cpu(), wanted, sequences, strict=True)
     ]
+
+
+def _draw(sequence: Running) -> int:
+    request = sequence.request
+    return request.index if request.draw is None else request.draw
 
 
 def uniform(seed: int, index: int, position: int) -> float:

@@ -6,14 +6,14 @@ Pure Python, no clocks: all ranks run it on the same requests and tokens and so 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from framework.engine.cache import PAGE_TOKENS, pages_for
 from framework.engine.pages import PageAllocator
-from framework.engine.request import Request
-from framework.errors import InputError, Problem
+from framework.engine.request import Request, refusal
+from framework.errors import InputError
 
 
 @dataclass(slots=True, eq=False)
@@ -61,14 +61,37 @@ class Scheduler:
         context: int | None = None,
     ) -> None:
         room = pages * PAGE_TOKENS
-        context = room if context is None else min(context, room)
-        requests = list(requests)
-        if problems := [problem for r in requests if (problem := _problem(r, context))]:
-            raise InputError(problems)
+        self._context = room if context is None else min(context, room)
+        self._pages = pages
         self._allocator = PageAllocator(pages)
         self._max_batch, self._chunk_tokens = max_batch, chunk_tokens
         self.running: list[Sequence] = []
-        self.waiting = deque(_sequence(request, context) for request in requests)
+        self.waiting: deque[Sequence] = deque()
+        self.add(requests)
+
+    @property
+    def pages_used(self) -> int:
+        """How many pages sequences hold."""
+        return self._pages - self._allocator.free
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Let requests wait behind those that wait already.
+
+        Raises:
+            InputError: as the constructor; then none of them waits.
+        """
+        requests = list(requests)
+        if problems := [problem for r in requests if (problem := refusal(r, self._context))]:
+            raise InputError(problems)
+        self.waiting += (_sequence(request, self._context) for request in requests)
+
+    def cancel(self, indexes: Collection[int]) -> None:
+        """Drop the requests of these indexes and free their pages; those that have ended are not known any more."""
+        for sequence in self.running:
+            if sequence.request.index in indexes:
+                self._allocator.give_back(sequence.pages)
+        self.running = [s for s in self.running if s.request.index not in indexes]
+        self.waiting = deque(s for s in self.waiting if s.request.index not in indexes)
 
     @property
     def unfinished(self) -> bool:
@@ -141,20 +164,3 @@ class Scheduler:
 def _sequence(request: Request, context: int) -> Sequence:
     ids = list(request.prompt_ids)
     return Sequence(request, ids, min(len(ids) + request.sampling.max_new_tokens, context))
-
-
-def _problem(request: Request, context: int) -> Problem | None:
-    where, prompt, new = f"request {request.index}", len(request.prompt_ids), request.sampling.max_new_tokens
-    if not prompt:
-        return Problem("bad-request", "the prompt has no tokens", where, fix="give at least one token")
-    if new < 1:
-        return Problem("bad-request", f"{new} new tokens were asked for", where, fix="job.max_new_tokens=64")
-    if prompt >= context:
-        return Problem(
-            "prompt-too-long",
-            f"the prompt has {prompt} tokens, the context holds {context}",
-            where,
-            "at least one token must be left to generate",
-            f"shorten it to {context - 1} tokens   or   runtime.context={prompt + new}",
-        )
-    return None

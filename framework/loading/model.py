@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from framework.engine.cache import KVCache
-from framework.engine.loop import Engine
-from framework.engine.request import Finished, Request, TokenEvent
+from framework.engine.inbox import Inbox
+from framework.engine.loop import Engine, Events
+from framework.engine.request import Orders, Request
 from framework.layers.experts import Router
 from framework.layers.group import Group
 from framework.layers.linear import ParallelLinear
@@ -25,6 +26,7 @@ class LoadedModel:
     def __init__(self, plan: Plan, model: Decoder, cache: KVCache, group: Group, held: int) -> None:
         self.plan, self.model, self.cache, self.group = plan, model, cache, group
         self._held = held
+        self._inbox = Inbox()
         self._engine = self._make_engine(None)
 
     def set_tokenizer(self, tokenizer_json: str | None) -> None:
@@ -49,9 +51,22 @@ class LoadedModel:
         """Bytes of weights as the schemes hold them."""
         return self._held
 
-    def generate(self, requests: list[Request]) -> Iterator[list[TokenEvent | Finished]]:
+    def generate(self, requests: list[Request]) -> Iterator[Events]:
         """Run requests as one continuously batched stream of events (empty lists on ranks but 0)."""
         yield from self._engine.generate(requests)
+
+    def serve(self) -> Iterator[Events]:
+        """Run what is posted, until `end`."""
+        yield from self._engine.serve(self._inbox)
+        self._inbox = Inbox()
+
+    def post(self, orders: Orders) -> None:
+        """Hand orders to `serve`, on rank 0; from any thread, before it runs or while it does."""
+        self._inbox.put(orders)
+
+    def end(self) -> None:
+        """Let `serve` end on all ranks, on rank 0; from any thread."""
+        self._inbox.close()
 
     def score(self, token_ids: list[int]) -> np.ndarray[Any, Any] | None:
         """Return fp32 logits [T, vocab] of every position, on rank 0."""

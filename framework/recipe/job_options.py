@@ -165,8 +165,31 @@ class Schema:
     """JSON Schema of a recipe."""
 
 
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """An OpenAI-compatible HTTP server."""
+
+    host: str = "127.0.0.1"
+    """The address to listen at; any but a loopback one needs `api_key_file`."""
+    port: int = field(default=8000, metadata={"minimum": 0, "maximum": 65535})
+    """The port; 0: a free one, which the ready line tells."""
+    model_id: str | None = None
+    """The model's name in the API; null: the last part of the recipe's name."""
+    api_key_file: str | None = field(default=None, metadata={"path": True})
+    """A file of API keys, one a line; a request has to bring one of them."""
+    replicas: int = field(default=1, metadata={"minimum": 1})
+    """Deployments of the model behind the one address, each on ranks of its own."""
+    max_queue: int = field(default=64, metadata={"minimum": 0})
+    """Answers of a replica that may wait besides those that run; more are refused with 429."""
+    max_body_mib: int = field(default=4, metadata={"minimum": 1})
+    """Size of a request's body, at most."""
+    drain_s: float = field(default=30.0, metadata={"minimum": 0})
+    """Seconds that running answers get to end after Ctrl-C."""
+
+
 JOBS: dict[str, type] = {
     "generate": Generate,
+    "serve": Serve,
     "check": Check,
     "plan": Plan,
     "verify": Verify,
@@ -178,7 +201,6 @@ JOBS: dict[str, type] = {
     "doctor": Doctor,
     "schema": Schema,
 }
-RESERVED_JOBS = ("serve",)
 WITHOUT_RECIPE = ("matrix", "doctor", "schema", "repack")
 DEFAULT_JOB = {"llm": "generate", "diffusion": "render"}
 # a job that makes one kind of thing; all others take both

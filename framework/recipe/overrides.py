@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 
 from framework.errors import InputError, Problem, nearest
 from framework.recipe.fields import Mismatch, Scalar, describe_type, field_of, is_optional_record, keys_below, read
-from framework.recipe.job_options import JOBS, RESERVED_JOBS, WITHOUT_RECIPE
+from framework.recipe.job_options import JOBS, WITHOUT_RECIPE
 from framework.recipe.locate import find_recipe, recipe_name, recipes_dir, shipped_recipes
 from framework.recipe.schema import GROUPS, SECTIONS
 from framework.recipe.yaml_file import RecipeFile, group_names, read_recipe_file
@@ -195,9 +195,8 @@ def _check_group(line: _Line, i: int, override: Override) -> None:
             continue
         near = nearest(name, known)
         line.corrected[i] = line.given[i].replace(name, near[0]) if near else None
-        reserved = key == "job" and name in RESERVED_JOBS
         line.problems.append(
-            Problem("unknown-value", f"there is no {key} {name}" + (" yet" if reserved else ""), WHERE,
+            Problem("unknown-value", f"there is no {key} {name}", WHERE,
                     f"known: {', '.join(known)}", f"{key}={near[0]}" if near else f"{key}={'|'.join(known)}")
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ import yaml
 
 from framework.errors import InputError, Problem, nearest
 from framework.recipe.fields import PLAIN_REFERENCE, Mismatch, Scalar, field_of, keys_below, read
-from framework.recipe.job_options import DEFAULT_JOB, JOBS, RESERVED_JOBS
+from framework.recipe.job_options import DEFAULT_JOB, JOBS
 from framework.recipe.schema import GROUPS, MISSING, SECTIONS
 
 REFUSED_KEYS = ("hydra", "defaults", "_target_")
@@ -227,11 +227,10 @@ def _group(group: str, node: Any, walk: _Walk) -> tuple[str, dict[str, Any]]:  #
     known = group_names(group)
     if name.value not in known:
         near = nearest(name.value, known)
-        reserved = group == "job" and name.value in RESERVED_JOBS
         walk.problems.append(
             Problem(
                 "unknown-value",
-                f"there is no {group} {name.value}" + (" yet" if reserved else ""),
+                f"there is no {group} {name.value}",
                 walk.where(f"{group}.name") if rest else walk.where(group),
                 f"known: {', '.join(known)}",
                 f"{group}: {near[0]}" if near else "",

@@ -209,6 +209,11 @@ _TABLE = {
         ("not-finite", NO, "The first logits are not finite numbers.",
          "`job=verify job.per_module=true` names the module."),
     ),
+    "Serve": (
+        ("api-key", IN, "Others could reach the server and no key is asked of them, or the file of keys holds none.",
+         "`job.api_key_file=FILE`, or `job.host=127.0.0.1`."),
+        ("port", NO, "The address cannot be listened at.", "Another `job.port`, or 0 for any."),
+    ),
     "Verify": (
         ("reference-missing", IN, "There is nothing to verify against.",
          "`job.reference=FILE.npz` or `job.against=RECIPE`."),

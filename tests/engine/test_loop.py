@@ -124,20 +124,6 @@ def test_all_ranks_run_the_same_batches_and_only_the_first_one_samples():
     assert others == [([], inputs), ([], inputs)]
 
 
-def test_being_told_to_stop_ends_all_ranks_and_leaves_the_engine_usable():
-    def work(group):
-        running = engine(AttentionModel(), group=group)
-        if group.rank == 0:
-            seen = iter([False, False, True])
-            running.should_stop = lambda: next(seen)
-        first = [event for step in running.generate(requests([5, 9])) for event in step]
-        running.should_stop = None
-        again = [event for step in running.generate(requests([5, 9])) for event in step]
-        return [e for e in first if isinstance(e, Finished)], sum(isinstance(e, Finished) for e in again)
-
-    assert on_ranks(2, work) == [([], 2), ([], 0)]
-
-
 def test_leaving_the_loop_early_gives_the_pages_back(model, expected):
     running = engine(model, pages=4)
     for _ in range(3):

@@ -169,14 +169,6 @@ def test_jobs_that_need_no_recipe_need_no_model_either():
     assert "quickstart" in error.value.problems[0].why
 
 
-def test_the_default_job_of_a_kind_that_is_not_run_yet_is_said_to_be_so(tmp_path):
-    path = write(tmp_path, "model: {path: m, kind: diffusion}\n")
-    assert compose([f"recipe={path}", "job=check"]).model.kind == "diffusion"
-    with pytest.raises(InputError) as error:
-        compose([f"recipe={path}"])
-    assert "no job render yet" in error.value.problems[0].what
-
-
 def test_a_job_of_the_other_kind_is_refused(tmp_path):
     path = write(tmp_path, "model: {path: m, kind: diffusion}\njob: check\n")
     assert compose([f"recipe={path}"]).model.kind == "diffusion"

@@ -48,7 +48,7 @@ def test_a_resolved_recipe_is_valid(validator):
         "{model: {path: m}, quantization: {layers: [{pattern: a}]}}",
         "{model: {path: m}, quantization: {layers: [{pattern: a, scheme: w3a3}]}}",
         "{model: {path: m}, job: {name: check, max_new_tokens: 3}}",
-        "{model: {path: m}, job: serve}",
+        "{model: {path: m}, job: sing}",
         "{model: {path: m}, runtime: {context: 32g}}",
         "{model: {path: m}, runtime: {memory_fraction: 0}}",
     ],

@@ -136,10 +136,6 @@ def test_what_is_no_mapping_is_no_recipe(tmp_path):
     assert "mapping" in only(tmp_path, "parallel:\n").why
 
 
-def test_a_job_that_is_not_there_yet_is_said_to_be_so(tmp_path):
-    assert "yet" in only(tmp_path, "model: {path: m}\njob: serve\n").what
-
-
 def test_a_folder_and_binary_data_are_no_recipes(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xff\xfe\x00")
