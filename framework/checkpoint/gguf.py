@@ -135,7 +135,28 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[TensorInfo]]:
                 return _parse(_Cursor(file.read(min(size, limit)), path, size))
             except _NeedMore:
                 continue
-    raise malformed(path, f"the header is larger than {_READ_AHEAD_BYTES[-1] >> 20} MiB")
+    raise _too_large(path)
+
+
+def header_bytes(path: Path, data: bytes, size: int) -> int:
+    """Return how many bytes the header of a file of `size` bytes takes, or how many to look at if it goes beyond.
+
+    Raises:
+        InputError: as `read_header`.
+    """
+    cursor = _Cursor(data, path, size)
+    try:
+        _parse(cursor)
+    except _NeedMore:
+        if len(data) >= _READ_AHEAD_BYTES[-1]:
+            raise _too_large(path) from None
+        step = 4 if len(data) < 1 << 20 else 2
+        return min(size, step * len(data), _READ_AHEAD_BYTES[-1])
+    return cursor.position
+
+
+def _too_large(path: Path) -> InputError:
+    return malformed(path, f"the header is larger than {_READ_AHEAD_BYTES[-1] >> 20} MiB")
 
 
 def _parse(cursor: _Cursor) -> tuple[dict[str, Any], list[TensorInfo]]:

@@ -39,6 +39,23 @@ def open_index(path: Path) -> Index:
     return safetensors.read_index(path)
 
 
+def header_bytes(path: Path, data: bytes, size: int) -> int:
+    """Return how many bytes of a file tell what it holds, from its first bytes; all of one that holds no tensors.
+
+    More than were given: look at so many and ask again.
+
+    Raises:
+        InputError: as the readers of headers do.
+    """
+    match path.suffix:
+        case ".gguf":
+            return gguf.header_bytes(path, data, size)
+        case ".safetensors":
+            return safetensors.header_bytes(path, data, size)
+        case _:
+            return size
+
+
 def _open_folder(path: Path) -> Index:
     names = sorted(path.glob("*.gguf"))
     if not names or any(path.glob("*.safetensors")):

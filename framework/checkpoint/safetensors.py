@@ -38,19 +38,28 @@ def read_header(path: Path) -> tuple[dict[str, str], list[TensorInfo]]:
     """
     with readable(path), path.open("rb") as file:
         size = path.stat().st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise truncated(path, f"the header takes {length} bytes, the file has {max(size - 8, 0)} after its length")
-        if length > _MAX_HEADER_BYTES:
-            raise malformed(path, f"a header of {length} bytes is not read", "the limit is 100 MB")
-        header = _json(path, file.read(length))
+        start = header_bytes(path, file.read(8), size)
+        header = _json(path, file.read(start - 8))
     if not isinstance(header, dict):
         raise malformed(path, "the header is not a JSON object")
     metadata = header.pop("__metadata__", {})
-    start = 8 + length
     infos = [_info(path, name, entry, start) for name, entry in header.items()]
     check_ranges(path, infos, start, size)
     return metadata if isinstance(metadata, dict) else {}, infos
+
+
+def header_bytes(path: Path, data: bytes, size: int) -> int:
+    """Return how many bytes the header of a file of `size` bytes takes, its length included, from its first eight.
+
+    Raises:
+        InputError: `file-truncated`, `file-malformed`.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if size < 8 or length > size - 8:
+        raise truncated(path, f"the header takes {length} bytes, the file has {max(size - 8, 0)} after its length")
+    if length > _MAX_HEADER_BYTES:
+        raise malformed(path, f"a header of {length} bytes is not read", "the limit is 100 MB")
+    return 8 + length
 
 
 def _info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:  # noqa: ANN401

@@ -37,7 +37,7 @@ def facts(checked: Checked, seconds: float) -> dict[str, object]:
         "recipe": checked.recipe.name,
         "tp_size": checked.recipe.parallel.tp_size,
         "models": _models(checked),
-        "file": str(checked.root),
+        "file": checked.recipe.model.path if "://" in checked.recipe.model.path else str(checked.root),
         "files": f"{files} file{'s' if files > 1 else ''}" if files else "no file: as the config says",
         "bytes": sum(index.total_bytes for index in indexes),
         "evidence": [

