@@ -23,7 +23,6 @@ from framework.planning.shard import Cuts, cut, deal_experts, place, sizes_that_
 from framework.recipe.schema import Recipe
 
 
-
 @dataclass(frozen=True)
 class Capability:
     """What a recipe is judged by: the support table, the limits of the ops, the CANN of this machine (None: none)."""

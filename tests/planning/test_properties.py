@@ -2,9 +2,9 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ MLA = MOE | {
     "moe_layer_freq": 1, "rope_theta": 10000,
 }  # fmt: skip
 WAN = json.loads((GOLDEN / "diffusion" / "tiny-wan2.2" / "transformer" / "config.json").read_text())
+FAMILIES = {"dense": DENSE, "moe": MOE, "mla": MLA, "wan": WAN}
 
 
 @cache
@@ -84,10 +85,10 @@ def pipeline(scheme, config):
     return {part: index_of(tensors, config, made.documents) for part in ("transformer.", "transformer_2.")}
 
 
-def checked_at(indexes, tier, tp_size, ep_size=1):
-    recipe = composed(tier, "llm" if "" in indexes else "diffusion")
+def checked_at(model, tp_size, ep_size=1):
+    recipe = composed(model.tier, "diffusion" if model.family == "wan" else "llm")
     parallel = replace(recipe.parallel, tp_size=tp_size, ep_size=ep_size)
-    return check(replace(recipe, parallel=parallel), indexes, capability())
+    return check(replace(recipe, parallel=parallel), model.indexes, capability())
 
 
 # format, scheme, tier, options: scales a row, groups, blocks of 32 and of 512, two rows or columns a byte, zero points
@@ -111,17 +112,20 @@ HELD = [
 
 @st.composite
 def decoders(draw):
-    """The headers of a small model, and the tier that has its rows."""
+    """A small language model in one of the formats, and the tier that has its rows."""
     format_name, scheme, tier, options = draw(st.sampled_from(HELD))
-    family = draw(st.sampled_from((DENSE, MOE, MLA)))
-    kv_heads = 8 if family is MLA else draw(st.sampled_from((1, 2, 4, 8)))
+    family = draw(st.sampled_from(("dense", "moe", "mla")))
     changes = {
-        "hidden_size": 128 * draw(st.integers(2, 3)), "intermediate_size": 128 * draw(st.integers(2, 5)),
-        "num_key_value_heads": kv_heads, "num_attention_heads": 8 if family is MLA else 8 * draw(st.integers(1, 2)),
-        "vocab_size": draw(st.integers(200, 600)), "tie_word_embeddings": draw(st.booleans()),
-        "moe_intermediate_size": 128 * draw(st.integers(1, 3)),
+        "hidden_size": 128 * draw(st.integers(2, 3)), "intermediate_size": 64 * draw(st.integers(2, 10)),
+        "moe_intermediate_size": 64 * draw(st.integers(1, 6)), "vocab_size": draw(st.integers(200, 600)),
+        "tie_word_embeddings": draw(st.booleans()),
     }  # fmt: skip
-    return decoder(format_name, scheme, family | changes, **options), tier
+    if family != "mla":
+        kv_heads = draw(st.sampled_from((1, 2, 3, 4, 8)))
+        changes |= {"num_key_value_heads": kv_heads, "num_attention_heads": kv_heads * draw(st.integers(1, 4))}
+        whole = changes["num_attention_heads"] * 32 % options.get("group_size", 1) == 0
+        changes["head_dim"] = 32 if whole else 128
+    return Drawn(format_name, scheme, tier, family, changes, options)
 
 
 @st.composite
@@ -129,7 +133,8 @@ def pipelines(draw):
     scheme, tier = draw(st.sampled_from((("w8a8_dynamic", "a2"), ("w4a4_dynamic", "a2"), ("mxfp8", "a5"),
                                          ("mxfp4_dualscale", "a5"), ("mxfp4", "a5"))))  # fmt: skip
     heads, ffn = draw(st.integers(2, 8)), draw(st.sampled_from((256, 512, 640, 1024)))
-    return pipeline(scheme, num_attention_heads=heads, attention_head_dim=64, ffn_dim=ffn), tier
+    changes = {"num_attention_heads": heads, "attention_head_dim": 64, "ffn_dim": ffn}
+    return Drawn("modelslim", scheme, tier, "wan", changes, {})
 
 
 def tiles(planned):
@@ -157,12 +162,11 @@ def holds(plan):
 
 @SETTINGS
 @given(model=decoders(), tp_size=st.integers(1, 8), ep_size=st.sampled_from((1, 1, 2, 4)))
-@example((decoder("modelslim", "mxfp8", MOE | {"moe_intermediate_size": 192}), "a5"), 3, 1)
-@example((decoder("gptq", "w4a16", MOE, group_size=128), "a2"), 4, 2)
-@example((decoder("modelslim", "w4a4_dynamic", MLA), "a2"), 8, 4)
+@example(Drawn("modelslim", "mxfp8", "a5", "moe", {"moe_intermediate_size": 192}, {}), 3, 1)
+@example(Drawn("gptq", "w4a16", "a2", "moe", {}, {"group_size": 128}), 4, 2)
+@example(Drawn("modelslim", "w4a4_dynamic", "a2", "mla", {}, {}), 8, 4)
 def test_shards_tile_every_weight_once_and_the_plan_survives_json(model, tp_size, ep_size):
-    indexes, tier = model
-    checked = checked_at(indexes, tier, tp_size, ep_size)
+    checked = checked_at(model, tp_size, ep_size)
     assume(checked.ok)
     plan = make_plan(checked, "npu")
     holds(plan)
@@ -177,8 +181,7 @@ def test_shards_tile_every_weight_once_and_the_plan_survives_json(model, tp_size
 @settings(SETTINGS, max_examples=20)
 @given(model=pipelines(), tp_size=st.integers(1, 6))
 def test_shards_tile_every_weight_of_a_pipeline(model, tp_size):
-    indexes, tier = model
-    checked = checked_at(indexes, tier, tp_size)
+    checked = checked_at(model, tp_size)
     assume(checked.ok)
     plan = make_plan(checked, "npu")
     holds(plan)
@@ -190,12 +193,13 @@ def test_shards_tile_every_weight_of_a_pipeline(model, tp_size):
 
 
 def sizes_named(problem):
-    """The sizes that a refusal offers."""
-    if bounds := re.search(r"any size from (\d+) to (\d+)", problem.fix):
-        return list(range(int(bounds[1]), int(bounds[2]) + 1))
-    if listed := re.search(r"sizes that split: ([\d, ]+)", problem.fix):
-        return [int(size) for size in listed[1].split(",")]
-    return [int(size) for size in re.findall(r"parallel\.tp_size=(\d+)", problem.fix)]
+    """The sizes that a refusal offers, the largest first; none where there is none."""
+    if problem.fix.startswith("no size splits this model"):
+        return []
+    first = int(re.match(r"parallel\.tp_size=(\d+)   \(", problem.fix)[1])
+    if bounds := re.search(r"any size from 1 to (\d+)", problem.fix):
+        return [first, *range(1, int(bounds[1]) + 1)]
+    return [first, *map(int, re.search(r"sizes that split: ([\d, ]+)", problem.fix)[1].split(", "))]
 
 
 SIZES = ("tp-heads", "tp-size", "tp-align")
@@ -203,16 +207,17 @@ SIZES = ("tp-heads", "tp-size", "tp-align")
 
 @SETTINGS
 @given(model=st.one_of(decoders(), pipelines()), tp_size=st.integers(2, 80), ep_size=st.sampled_from((1, 1, 2)))
-def test_a_refused_size_names_sizes_and_those_work(model, tp_size, ep_size):
-    indexes, tier = model
-    ep_size = ep_size if "" in indexes and tp_size % ep_size == 0 else 1
-    problems = [p for p in checked_at(indexes, tier, tp_size, ep_size).problems if p.code in SIZES]
+@example(Drawn("gptq", "w4a16", "a2", "moe", {"moe_intermediate_size": 256}, {"group_size": 128}), 8, 2)
+@example(Drawn("modelslim", "w8a8_dynamic", "a2", "dense", {"intermediate_size": 4}, {}), 9, 1)
+def test_a_refused_size_names_the_sizes_that_work(model, tp_size, ep_size):
+    ep_size = ep_size if model.family in ("moe", "mla") and tp_size % ep_size == 0 else 1
+    problems = [p for p in checked_at(model, tp_size, ep_size).problems if p.code in SIZES]
     assume(problems)
     named = sizes_named(problems[0])
-    assert named and tp_size not in named
-    for size in {named[0], named[len(named) // 2], named[-1]}:
-        found = checked_at(indexes, tier, size, ep_size if size % ep_size == 0 else 1).problems
-        assert not [p for p in found if p.code in SIZES], (tp_size, size)
+    assert tp_size not in named and named[:1] == sorted(named)[-1:]
+    for size in range(ep_size, min(named[0] if named else tp_size, 12) + 1, ep_size):
+        found = [p.code for p in checked_at(model, size, ep_size).problems if p.code in SIZES]
+        assert bool(found) == (size not in named), (size, found)
 
 
 PATTERNS = (
@@ -222,7 +227,7 @@ PATTERNS = (
 )  # fmt: skip
 # what W8A8_DYNAMIC serves
 SCHEMES = ("auto", "float", "w8a8_dynamic", "w8a16")
-(PART,) = describe_model(decoder("modelslim", "w8a8_dynamic", MOE), "auto").parts
+(PART,) = describe_model(Drawn("modelslim", "w8a8_dynamic", "a2", "moe", {}, {}).indexes, "auto").parts
 rules_drawn = st.lists(st.tuples(st.sampled_from(PATTERNS), st.sampled_from(SCHEMES)), min_size=1, max_size=5)
 
 

@@ -139,29 +139,29 @@ def _unlike(module: Module, index: Index, group: Group | None) -> str:
 
 
 def _quantized(module: Module, index: Index, group: Group) -> Held:
-    assert group.weights is not None
+    weights = group.weights
+    assert weights is not None
     name, (n, k) = stem(module, index), module.shape
     weight = index.tensors.get(f"{name}.weight")
-    if group.weights.bits == 4 and weight is not None and weight.shape == (n // ROWS_PER_BYTE, k):
+    if weights.bits == 4 and weight is not None and weight.shape == (n // ROWS_PER_BYTE, k):
         return _paired(module, index, group)
     packed = f"{name}.weight_packed" in index.tensors or (weight is None and group.format == PACKED)
-    gathered = group.weights.gathered or f"{name}.weight_g_idx" in index.tensors
-    if gathered != group.weights.gathered:
-        group = replace(group, weights=replace(group.weights, gathered=gathered))
-        assert group.weights is not None
-    word = 32 // group.weights.bits if packed else 1
+    if not weights.gathered and f"{name}.weight_g_idx" in index.tensors:
+        weights = replace(weights, gathered=True)
+        group = replace(group, weights=weights)
+    word = 32 // weights.bits if packed else 1
     step = 1  # with one scale a row, every rank keeps it
-    if 0 < group.weights.group < k:
-        step = k if gathered else group.weights.group
+    if 0 < weights.group < k:
+        step = k if weights.gathered else weights.group
     return Held(
         group.scheme,
         tuple(_as_stored(spec, index) for spec in tensors(module, name, group, packed=packed)),
         group.label,
-        group.weights.group,
+        weights.group,
         SERVES.get(group.scheme, ()),
         (word if packed and has_zeros(group) else 1, lcm(word, step)),
-        group.weights.symmetric,
-        "clip" if group.clip else "g_idx" if gathered else "",
+        weights.symmetric,
+        "clip" if group.clip else "g_idx" if weights.gathered else "",
     )
 
 
