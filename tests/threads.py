@@ -43,6 +43,18 @@ class ThreadGroup:
     def broadcast(self, x, source=0):
         return x.copy_(self.meeting.exchange(self.rank, x.clone())[source])
 
+    def all_to_all(self, parts, counts):
+        everybody = self.meeting.exchange(self.rank, [part.flatten().clone() for part in parts])
+        assert [[len(part) for part in parts] for parts in everybody] == counts
+        return [parts[self.rank] for parts in everybody]
+
+    def split(self, groups):
+        from framework.layers.group import Alone
+
+        own = next(group for group in groups if self.rank in group)
+        meetings = self.meeting.exchange(self.rank, Meeting(len(own)))
+        return ThreadGroup(own.index(self.rank), meetings[own[0]]) if len(own) > 1 else Alone()
+
 
 def on_ranks(size, work):
     """Run work(group) on every rank at once; return the results in rank order."""

@@ -168,7 +168,7 @@ def _join_distributed(
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, pg_options=options)
-    group = DistributedGroup(rank, size, backend)
+    group = DistributedGroup(rank, list(range(size)), backend, options)
     group.broadcast(torch.zeros(1, device=group.device))  # connect now, not within the first token
     return group
 
@@ -180,18 +180,21 @@ class DistributedGroup:
         RuntimeError: a peer closed the connection or did not answer in time.
     """
 
-    def __init__(self, rank: int, size: int, backend: str) -> None:
-        self.rank, self.size, self.backend = rank, size, backend
+    def __init__(self, rank: int, numbers: list[int], backend: str, options: Any, process_group: Any = None) -> None:  # noqa: ANN401
+        """`numbers`: of the ranks among all; `process_group`: torch's, None for that of all ranks."""
+        self.rank, self.size, self.backend = rank, len(numbers), backend
         self.device = "npu" if backend == "hccl" else "cpu"
+        self._numbers, self._options, self._group = numbers, options, process_group
+        self._splits: dict[str, Group] = {}
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum over ranks: on CPUs in rank order, 16-bit floats in fp32; on NPUs as HCCL sums."""
         if self.backend == "hccl":
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self._group)
             return x
         mine = x.contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
+        dist.all_gather(parts, mine, group=self._group)
         return sum_in_rank_order(parts, x.dtype)
 
     def all_gather(self, x: Tensor, sizes: list[int], dim: int = -1) -> Tensor:
@@ -201,14 +204,34 @@ class DistributedGroup:
         padded = mine.new_zeros((max(sizes), *mine.shape[1:]))
         padded[: mine.shape[0]] = mine
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self._group)
         whole = torch.cat([part[:count] for part, count in zip(parts, sizes, strict=True)])
         return whole.transpose(0, dim).contiguous()
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """Overwrite `x` with the source rank's values and return it."""
         whole = x.contiguous()
-        dist.broadcast(whole, source)
+        dist.broadcast(whole, self._numbers[source], group=self._group)
         if whole is not x:
             x.copy_(whole)
         return x
+
+    def all_to_all(self, parts: list[Tensor], counts: list[list[int]]) -> list[Tensor]:
+        """Give parts[r] to rank r; return what each rank had for this one, flat, in rank order."""
+        given = torch.cat([part.reshape(-1) for part in parts])
+        takes = [row[self.rank] for row in counts]
+        got = given.new_empty(sum(takes))
+        dist.all_to_all_single(got, given, takes, counts[self.rank], group=self._group)
+        return list(got.split(takes))
+
+    def split(self, groups: list[list[int]]) -> Group:
+        """Return the group of those that has this rank. torch keeps groups to its end: equal splits are made once."""
+        key = repr(groups)
+        if key not in self._splits:
+            for group in groups:
+                numbers = [self._numbers[r] for r in group]
+                made = dist.new_group(numbers, backend=self.backend, pg_options=self._options)
+                if self.rank in group:
+                    parts = DistributedGroup(group.index(self.rank), numbers, self.backend, self._options, made)
+                    self._splits[key] = parts if len(group) > 1 else Alone()
+        return self._splits[key]

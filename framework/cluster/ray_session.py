@@ -80,7 +80,7 @@ class RaySession:
     ) -> None:
         """See Session."""
         chosen = loader or self._loader
-        self._gather(plan.tp_size)
+        self._gather(plan.size)
         self._note("loading")
         streams = {
             actor.load_streaming.options(num_returns="streaming").remote(chosen, plan, tokenizer_json): rank
@@ -92,7 +92,7 @@ class RaySession:
                 continue
             latest[rank] = done, total
             self._stages[rank] = f"loading ({100 * done // total} %)"
-            if on_progress is not None and len(latest) == plan.tp_size:
+            if on_progress is not None and len(latest) == plan.size:
                 sums = [sum(values) for values in zip(*latest.values(), strict=True)]
                 on_progress(sums[0], sums[1])
         self._note("ready")

@@ -29,7 +29,7 @@ class Session(Protocol):
         *,
         loader: str | None = None,
     ) -> None:
-        """Load a plan on its `tp_size` ranks, in place of what they held; `loader`: for this once."""
+        """Load a plan on its `size` ranks, in place of what they held; `loader`: for this once."""
         ...
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:  # noqa: ANN401
@@ -77,7 +77,7 @@ def open_session(
 
     Args:
         cluster: the recipe's cluster choice (see ClusterOptions.of).
-        plan: says `tp_size`, `runtime.device` and `runtime.threads`.
+        plan: says `size`, `runtime.device` and `runtime.threads`.
         loader: `module:function` that a rank calls to load; tests put their own here.
         log_dir: where to keep `log.rank<k>.txt` of a rank that fails.
         shared: other sessions run beside this one, in blocks within this one's.
@@ -87,12 +87,12 @@ def open_session(
     """
     options = ClusterOptions.of(cluster)
     session: Session
-    if not shared and options.name == "local" and plan.tp_size == 1 and plan.runtime.device == "cpu":
+    if not shared and options.name == "local" and plan.size == 1 and plan.runtime.device == "cpu":
         session = InProcess(options, loader)
     else:
         from framework.cluster.ray_session import RaySession
 
-        session = RaySession.start(options, plan.tp_size, plan.runtime.device, plan.runtime.threads, loader, log_dir)
+        session = RaySession.start(options, plan.size, plan.runtime.device, plan.runtime.threads, loader, log_dir)
     try:
         yield session
     finally:

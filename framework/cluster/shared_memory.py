@@ -27,8 +27,10 @@ from torch import Tensor
 
 from framework.cluster.failures import PeerLost
 from framework.cluster.processes import Process
+from framework.layers.group import Alone, Group
 
 LINE_BYTES = 128  # one sequence number in each: two cache lines, since the prefetcher takes pairs
+ADDRESS_BYTES = 128  # of a segment's address, padded
 TOKEN_BYTES = 64  # what proves that the file behind /proc/<pid>/fd/<n> is the segment meant
 PAGE_BYTES = 4096
 SLOT_BYTES = 4 << 20
@@ -111,8 +113,17 @@ class SharedMemoryGroup:
         PeerLost: a peer's process ended, or did not reach this collective within `timeout_s`.
     """
 
-    def __init__(self, segment: Segment, rank: int, members: Sequence[Process], timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        rank: int,
+        members: Sequence[Process],
+        timeout_s: float = 600.0,
+        numbers: Sequence[int] = (),
+    ) -> None:
+        """`numbers`: what the ranks are called in messages, where the group is a part of a larger one."""
         self.rank, self.size = rank, segment.size
+        self.numbers = tuple(numbers or range(self.size))
         self._segment, self._members, self._timeout_s = segment, tuple(members), timeout_s
         self._lines = memoryview(segment.map).cast("q")
         self._mine = _line(rank)
@@ -158,6 +169,51 @@ class SharedMemoryGroup:
             x.copy_(slot)
         return x
 
+    def all_to_all(self, parts: list[Tensor], counts: list[list[int]]) -> list[Tensor]:
+        """Give parts[r] to rank r; return what each rank had for this one, flat, in rank order."""
+        mine, dtype = [part.reshape(-1) for part in parts], parts[0].dtype
+        most = max(map(max, counts))
+        room = min(most, self._segment.slot_bytes // parts[0].element_size() // self.size)
+        got = [torch.empty(counts[r][self.rank], dtype=dtype) for r in range(self.size)]
+        for start in range(0, most, max(room, 1)):
+            step, end = self._step + 1, start + room
+            slot = self._view(self.rank, step, (self.size, room), dtype)
+            for r, part in enumerate(mine):
+                piece = part[start:end]
+                slot[r, : len(piece)].copy_(piece)
+            self._exchange(step)
+            for r, part in enumerate(got):
+                piece = part[start:end]
+                piece.copy_(self._view(r, step, (self.size, room), dtype)[self.rank, : len(piece)])
+        return got
+
+    def split(self, groups: list[list[int]]) -> Group:
+        """Return the group of those that has this rank: over a segment of its own."""
+        own = next(group for group in groups if self.rank in group)
+        if len(own) == self.size:
+            return self
+        leads = self.rank == own[0] and len(own) > 1
+        segment = Segment.create(len(own), self._segment.slot_bytes) if leads else None
+        line = (segment.address if segment else "").encode().ljust(ADDRESS_BYTES)
+        # every rank takes part, also those that stay alone
+        said = self.all_gather(torch.frombuffer(bytearray(line), dtype=torch.uint8), [ADDRESS_BYTES] * self.size)
+        if len(own) == 1:
+            attached: Segment | None = None
+        elif segment is None:
+            address = bytes(said.view(self.size, -1)[own[0]].tolist()).decode().rstrip()
+            attached = Segment.attach(address, len(own), self._segment.slot_bytes)
+        else:
+            attached = segment
+        failed = self.all_reduce(torch.tensor([int(len(own) > 1 and attached is None)]))
+        if segment is not None:
+            segment.close_file()
+        if int(failed):
+            raise RuntimeError("a rank could not map the memory of its group, although it maps that of all ranks")
+        if attached is None:
+            return Alone()
+        members, numbers = [self._members[r] for r in own], [self.numbers[r] for r in own]
+        return SharedMemoryGroup(attached, own.index(self.rank), members, self._timeout_s, numbers)
+
     def close(self) -> None:
         """Forget the segment (views of it stay valid while they live)."""
         self._prepared.clear()
@@ -191,10 +247,10 @@ class SharedMemoryGroup:
         # any dead peer ends the wait: the one waited for may itself be waiting for the dead one
         for rank, member in enumerate(self._members):
             if rank != self.rank and not member.alive() and self._lines[_line(rank)] < step:
-                raise PeerLost(rank)
+                raise PeerLost(self.numbers[rank])
         if waited_s > self._timeout_s:
             late = next(r for r in range(self.size) if _line(r) == line)
-            raise PeerLost(late, f"no answer for {self._timeout_s:g} s")
+            raise PeerLost(self.numbers[late], f"no answer for {self._timeout_s:g} s")
 
     def _view(self, rank: int, step: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return rank's slot of this step's parity as a tensor."""

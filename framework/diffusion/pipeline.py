@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from framework.checkpoint.reader import Reader
+from framework.diffusion.guidance import share_guidance
+from framework.diffusion.sequence import deal_tokens
 from framework.diffusion.transformer import build_transformer
+from framework.families.guided import GUIDED
 from framework.families.pipeline import describe_pipeline
+from framework.families.tokens import TOKENS
 from framework.formats.registry import decoder
 from framework.layers.group import Group
 from framework.ops.register import ensure_registered
@@ -40,16 +44,24 @@ def load_pipeline(plan: Plan, group: Group, progress: Progress) -> LoadedPipelin
     indexes = {k: replace(index, options=plan.options) for k, index in open_indexes(root, "diffusion").items()}
     formats = {planned.name.split(".", 1)[0] + ".": planned.format for planned in plan.modules}
     dtype = getattr(torch, plan.runtime.dtype)
+    described, layout = describe_pipeline(root), plan.layout
+    tp, ulysses, cfg = (group.split(layout.groups(axis)) for axis in ("tp", "ulysses", "cfg"))
     with Reader() as reader, torch.inference_mode():
         transformers = {
             prefix.rstrip("."): build_transformer(
-                plan, prefix, index, reader, decoder(formats[prefix]), group, device, progress
+                plan, prefix, index, reader, decoder(formats[prefix]), tp, device, progress
             )
             for prefix, index in indexes.items()
         }
+    for prefix, spec in plan.transformers.items():
+        model = transformers[prefix.rstrip(".")]
+        if ulysses.size > 1:
+            deal_tokens(model, TOKENS[spec.class_name], ulysses)
+        if cfg.size > 1:
+            share_guidance(model, GUIDED[described.class_name], cfg)
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    pipeline_class = getattr(diffusers, describe_pipeline(root).class_name)
+    pipeline_class = getattr(diffusers, described.class_name)
     pipeline = pipeline_class.from_pretrained(
         root, **transformers, dtype=dtype, local_files_only=True, use_safetensors=True
     ).to(device)

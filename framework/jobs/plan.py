@@ -64,7 +64,7 @@ def _draw(path: Path, plan: Plan, status: dict[str, str]) -> None:
     """
     from framework.report.html import plan_html
 
-    by_rank = [rank_weights(plan.modules, rank.rank, plan.runtime.dtype) for rank in plan.ranks]
+    by_rank = [rank_weights(plan.modules, rank, plan.runtime.dtype) for rank in range(plan.tp_size)]
     held = [list(of_module) for of_module in zip(*by_rank, strict=True)]
     shares = [read_share(planned.module, plan.spec) for planned in plan.modules]
     page = mask_secrets(plan_html(plan.to_json(), held, shares, status))

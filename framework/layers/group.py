@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Group(Protocol):
-    """Collectives over the tensor-parallel ranks. Every result is bit-equal on all ranks."""
+    """Collectives over ranks. Every result is bit-equal on all ranks, but for `all_to_all`."""
 
     rank: int
     size: int
@@ -23,6 +23,17 @@ class Group(Protocol):
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """Overwrite `x` with the source rank's values (in place) and return it."""
+        ...
+
+    def all_to_all(self, parts: list[Tensor], counts: list[list[int]]) -> list[Tensor]:
+        """Give parts[r] to rank r; return what each rank had for this one, flat, in rank order.
+
+        `counts[s][r]`: values that rank s has for rank r, the same table on all ranks.
+        """
+        ...
+
+    def split(self, groups: list[list[int]]) -> Group:
+        """Return the group of those that has this rank. All ranks call it alike; each rank is in one of `groups`."""
         ...
 
 
@@ -43,3 +54,11 @@ class Alone:
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """Return x."""
         return x
+
+    def all_to_all(self, parts: list[Tensor], counts: list[list[int]]) -> list[Tensor]:
+        """Return x, flat."""
+        return [parts[0].flatten()]
+
+    def split(self, groups: list[list[int]]) -> Group:
+        """Return this group."""
+        return self

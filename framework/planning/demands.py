@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from framework.errors import Problem
+from framework.planning.axes import axes
 from framework.planning.parts import Described
 from framework.recipe.schema import Recipe
 
 
 def demands(recipe: Recipe, model: Described) -> list[Problem]:
-    """Problems: `dtype-device`, `context`, `ep-size`, `parallel-unused`."""
-    return [*_dtype(recipe), *_context(recipe, model), *_experts(recipe, model), *_parallel(recipe)]
+    """Problems: `dtype-device`, `context`, `ep-size`, and those of `axes`."""
+    return [*_dtype(recipe), *_context(recipe, model), *_experts(recipe, model), *axes(recipe, model)]
 
 
 def _dtype(recipe: Recipe) -> list[Problem]:
@@ -67,18 +68,4 @@ def _experts(recipe: Recipe, model: Described) -> list[Problem]:
             "the ranks of parallel.tp_size are divided into equal groups, each with its own experts",
             f"parallel.ep_size={' or '.join(map(str, sizes))}   or   parallel.tp_size={ep_size}",
         )
-    ]
-
-
-def _parallel(recipe: Recipe) -> list[Problem]:
-    return [
-        Problem(
-            "parallel-unused",
-            f"parallel.{name} cannot be planned yet",
-            recipe.origins.get(f"parallel.{name}", f"parallel.{name}"),
-            "models are split by tensor parallelism alone",
-            f"parallel.{name}=1",
-        )
-        for name in ("cfg_size", "ulysses_size", "data_size")
-        if getattr(recipe.parallel, name) != 1
     ]

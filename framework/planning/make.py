@@ -11,6 +11,7 @@ from framework.capability.limits import Limits
 from framework.errors import Problem, Refused
 from framework.families.base import DecoderSpec
 from framework.planning.check import Checked, Placed
+from framework.planning.layout import Layout
 from framework.planning.plan import Plan, PlannedModule, RuntimePlan
 from framework.planning.ranks import cache_pages, plan_ranks
 from framework.planning.roofline import roofline
@@ -62,13 +63,18 @@ def make_plan(checked: Checked, device: str) -> Plan:
         checkpoint=str(Path(checked.root).absolute()),
         format=checked.format,
         options=dict(checked.index.options),
-        tp_size=recipe.parallel.tp_size,
+        layout=Layout.of(recipe.parallel),
         spec=decoder,
         transformers=dict(checked.model.transformers or {}),
         runtime=runtime,
         modules=modules,
         ranks=plan_ranks(checked, modules, runtime),
-        notes=(*checked.notes, *_imbalance(checked.cuts, decoder), *_uncounted(decoder)),
+        notes=(
+            *checked.notes,
+            *_copies(Layout.of(recipe.parallel)),
+            *_imbalance(checked.cuts, decoder),
+            *_uncounted(decoder),
+        ),
     )
     return replace(plan, roofline=roofline(plan, recipe.hardware))
 
@@ -118,7 +124,12 @@ def _threads(checked: Checked) -> int:
     if asked not in (None, "auto"):
         return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // checked.recipe.parallel.tp_size)
+    return max(1, cores // Layout.of(checked.recipe.parallel).size)
+
+
+def _copies(layout: Layout) -> list[str]:
+    copies = layout.size // layout.tp_size
+    return [f"{layout.size} ranks: {layout}; only tp cuts weights, which are held {copies} times"] if copies > 1 else []
 
 
 def _imbalance(all_cuts: Mapping[str, Cuts], decoder: DecoderSpec | None) -> list[str]:

@@ -22,11 +22,15 @@ from framework.planning.assign import Part
 
 @dataclass(frozen=True)
 class Described:
-    """A model: the decoder of an LLM, or the transformers of a diffusion pipeline by the prefix of their names."""
+    """A model: the decoder of an LLM, or the transformers of a diffusion pipeline by the prefix of their names.
+
+    `pipeline` is the class of the pipeline.
+    """
 
     parts: tuple[Part, ...]
     decoder: DecoderSpec | None = None
     transformers: Mapping[str, DiffusionSpec] | None = None
+    pipeline: str = ""
 
     def ignorable(self, part: Part) -> Callable[[str], str | None]:
         """Return what says why a tensor of a part may be left out."""
@@ -87,7 +91,8 @@ def describe_model(indexes: Mapping[str, Index], asked_format: str) -> Described
         _part(prefix, index, found[prefix], tuple(diffusion_modules(specs[prefix])))
         for prefix, index in indexes.items()
     ]
-    return Described(tuple(parts), transformers=specs)
+    root = next(iter(indexes.values())).root.parent
+    return Described(tuple(parts), transformers=specs, pipeline=describe_pipeline(root).class_name)
 
 
 def _part(prefix: str, index: Index, found: tuple[str, str], made: tuple[Module, ...]) -> Part:

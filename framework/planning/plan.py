@@ -8,6 +8,7 @@ from typing import Any
 from framework.families.base import DecoderSpec
 from framework.families.diffusion import DiffusionSpec
 from framework.geometry import HeadShare, Kind, Module, Rect, Role, Split
+from framework.planning.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,8 @@ class Plan:
     """The meeting of recipe, headers and support table.
 
     `options` are what the recipe says of the file; `spec` is the decoder of an LLM, `transformers` are those of a
-    pipeline by the prefix of their modules.
+    pipeline by the prefix of their modules. `layout` says where each rank stands; shards are those of the ranks of
+    one tensor-parallel group.
     """
 
     recipe: str
@@ -101,7 +103,7 @@ class Plan:
     checkpoint: str
     format: str
     options: dict[str, str]
-    tp_size: int
+    layout: Layout
     spec: DecoderSpec | None
     transformers: dict[str, DiffusionSpec]
     runtime: RuntimePlan
@@ -110,10 +112,20 @@ class Plan:
     roofline: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def tp_size(self) -> int:
+        """Ranks that share one copy of the weights."""
+        return self.layout.tp_size
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return self.layout.size
+
     def to_json(self) -> dict[str, Any]:
         """Return plan.json's content: CLI.md's keys first, then what a rank needs beyond them."""
         return {
-            "ranks": [_rank_json(rank) for rank in self.ranks],
+            "ranks": [_rank_json(rank, self.layout) for rank in self.ranks],
             "modules": [_module_json(m) for m in self.modules],
             "roofline": self.roofline,
             "recipe": self.recipe,
@@ -123,6 +135,7 @@ class Plan:
             "format": self.format,
             "options": self.options,
             "tp_size": self.tp_size,
+            "layout": asdict(self.layout),
             "runtime": asdict(self.runtime),
             "spec": self.spec.to_json() if self.spec else None,
             "transformers": {prefix: spec.to_json() for prefix, spec in self.transformers.items()},
@@ -132,9 +145,10 @@ class Plan:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """Read what `to_json` wrote."""
-        names = ("recipe", "tier", "table", "checkpoint", "format", "options", "tp_size", "roofline")
+        names = ("recipe", "tier", "table", "checkpoint", "format", "options", "roofline")
         return cls(
             **{name: data[name] for name in names},
+            layout=Layout(**data["layout"]),
             spec=DecoderSpec.from_json(data["spec"]) if data["spec"] else None,
             transformers={k: DiffusionSpec.from_json(v) for k, v in data["transformers"].items()},
             runtime=RuntimePlan(**data["runtime"]),
@@ -144,14 +158,18 @@ class Plan:
         )
 
 
-def _rank_json(rank: RankPlan) -> dict[str, Any]:
+def _rank_json(rank: RankPlan, layout: Layout) -> dict[str, Any]:
     data = asdict(rank)
     share = data.pop("heads")
-    return data | {"q_heads": [share["q0"], share["q1"]], "kv_heads": [share["kv0"], share["kv1"]]}
+    return data | {
+        "at": layout.at(rank.rank),
+        "q_heads": [share["q0"], share["q1"]],
+        "kv_heads": [share["kv0"], share["kv1"]],
+    }
 
 
 def _rank_from(data: dict[str, Any]) -> RankPlan:
-    rest = {k: v for k, v in data.items() if k not in ("q_heads", "kv_heads")}
+    rest = {k: v for k, v in data.items() if k not in ("at", "q_heads", "kv_heads")}
     return RankPlan(heads=HeadShare(*data["q_heads"], *data["kv_heads"]), **rest)
 
 

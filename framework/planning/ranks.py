@@ -6,6 +6,7 @@ from framework.errors import Problem, Refused
 from framework.families.base import DecoderSpec
 from framework.geometry import HeadShare
 from framework.planning.check import Checked
+from framework.planning.layout import Layout
 from framework.planning.memory import PAGE_TOKENS, page_bytes, rank_weights, workspace_bytes
 from framework.planning.plan import PlannedModule, RankPlan, RuntimePlan
 
@@ -39,13 +40,16 @@ def plan_ranks(checked: Checked, modules: tuple[PlannedModule, ...], runtime: Ru
     Raises:
         Refused: `memory`, with what would fit.
     """
-    decoder, tp_size = checked.model.decoder, checked.recipe.parallel.tp_size
+    decoder, layout = checked.model.decoder, Layout.of(checked.recipe.parallel)
     capacity = _capacity(checked)
     workspace = _workspace(checked, decoder, runtime) if decoder else 0
-    per_node = checked.recipe.hardware.devices_per_node or tp_size
+    per_node = checked.recipe.hardware.devices_per_node or layout.size
+    held = shares(checked)
     ranks = []
-    for rank, share in enumerate(shares(checked)):
-        sizes = rank_weights(modules, rank, runtime.dtype)
+    for rank in range(layout.size):
+        tp_rank = layout.at(rank)["tp"]
+        share = held[tp_rank]
+        sizes = rank_weights(modules, tp_rank, runtime.dtype)
         cache = runtime.cache_pages * page_bytes(decoder, share, runtime.cache_dtype) if decoder else 0
         peak = sum(sizes) + max(sizes)
         ranks.append(

@@ -9,9 +9,9 @@ from framework.errors import Problem, Refused
 LOADER = "tests.cluster.stub:load"
 
 
-def plan(tp_size, device="cpu", **more):
+def plan(size, device="cpu", **more):
     """What the cluster room reads of a plan, and how the stub is to behave."""
-    return SimpleNamespace(tp_size=tp_size, runtime=SimpleNamespace(device=device, threads=1), **more)
+    return SimpleNamespace(size=size, runtime=SimpleNamespace(device=device, threads=1), **more)
 
 
 def load(plan, group, progress):

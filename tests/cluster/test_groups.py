@@ -35,10 +35,39 @@ def _results(group):
         x = torch.from_numpy(values(group.rank, 2 * LONG)).view(2, LONG).t()
         found["broadcast", source] = group.broadcast(x.contiguous(), source).numpy()
     found["tokens"] = group.broadcast(torch.arange(5) * (group.rank + 1), 1).numpy()
+    found["all to all"] = _exchanged(group)
+    found["parts"] = _of_parts(group)
     # many steps in a row: a slot overwritten too early shows as a wrong sum
     steps = [float(group.all_reduce(torch.tensor([float(group.rank + k)]))) for k in range(200)]
     found["steps"] = np.array(steps)
     return found
+
+
+def _counts(size):
+    """Values that each rank has for each; some none, some more than a slot holds."""
+    return [[(3 * s + r) % 4 * LONG // 2 for r in range(size)] for s in range(size)]
+
+
+def _exchanged(group):
+    import torch
+
+    parts = [torch.from_numpy(values(10 * group.rank + r, n)) for r, n in enumerate(_counts(group.size)[group.rank])]
+    return [part.numpy() for part in group.all_to_all(parts, _counts(group.size))]
+
+
+def _of_parts(group):
+    """Sums within {0, 2} and {1}, twice over, as ranks that load again split again."""
+    import torch
+
+    found = []
+    for _ in range(2):
+        part = group.split([[0, 2], [1]] if group.size == 3 else [[0], [1]])
+        total = part.all_reduce(torch.tensor([float(group.rank + 1)]))
+        got = part.all_gather(torch.tensor([float(group.rank)]), [1] * part.size)
+        told = part.broadcast(torch.tensor([float(group.rank)]), part.size - 1)
+        found.append((part.rank, part.size, float(total), got.tolist(), float(told)))
+    whole = group.split([list(range(group.size))])
+    return [*found, float(whole.all_reduce(torch.tensor([float(group.rank + 1)])))]
 
 
 def _work(rank, ports, out, parent_says):
@@ -104,6 +133,23 @@ def test_sums_are_in_rank_order_and_bit_equal_on_all_ranks(outcome, size, backen
             expected = expected + values(rank, count)
         for found in _each(outcome, size, backend):
             assert np.array_equal(found["sum", count, "torch.float32"], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_rank_gets_from_each_what_that_one_had_for_it(outcome, size, backend):
+    counts = _counts(size)
+    for rank, found in enumerate(_each(outcome, size, backend)):
+        for source, got in enumerate(found["all to all"]):
+            assert np.array_equal(got, values(10 * source + rank, counts[source][rank]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_of_a_group_are_groups(outcome, backend):
+    first, second, third = (found["parts"] for found in _each(outcome, 3, backend))
+    assert first == [(0, 2, 4.0, [0.0, 2.0], 2.0)] * 2 + [6.0]
+    assert second == [(0, 1, 2.0, [1.0], 1.0)] * 2 + [6.0]
+    assert third == [(1, 2, 4.0, [0.0, 2.0], 2.0)] * 2 + [6.0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

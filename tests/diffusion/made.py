@@ -1,8 +1,13 @@
-"""Tiny transformers of every class with random weights, as pipeline folders that hold nothing else; their inputs."""
+"""Tiny transformers of every class with random weights, as pipeline folders; their inputs; a whole Wan pipeline."""
 
 import json
+import shutil
+import string
+from pathlib import Path
 
 import torch
+
+WAN = Path(__file__).parents[1] / "golden" / "diffusion" / "tiny-wan2.2"
 
 CONFIGS = {
     "WanTransformer3DModel": dict(
@@ -90,7 +95,25 @@ def inputs_of(class_name, batch=2):
             return {
                 "hidden_states": torch.randn(batch, 15, 16),
                 "encoder_hidden_states": torch.randn(batch, 7, 24),
-                "encoder_hidden_states_mask": torch.ones(batch, 7, dtype=torch.bool),
+                "encoder_hidden_states_mask": torch.arange(7) < torch.tensor([[7], [5], [7], [3]][:batch]),
                 "timestep": torch.tensor([0.5] * batch),
                 "img_shapes": [[(1, 3, 5)]] * batch,
             }
+
+
+def wan_pipeline(folder):
+    """Write the golden transformers and scheduler with a text encoder and a decoder of random weights."""
+    import diffusers
+    import transformers
+
+    shutil.copytree(WAN, folder)
+    torch.manual_seed(0)
+    diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(
+        folder / "vae"
+    )
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    vocabulary += [(letter, -3.0) for letter in string.ascii_lowercase]
+    transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder / "tokenizer")
+    config = transformers.UMT5Config(vocab_size=32, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
+    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    return folder

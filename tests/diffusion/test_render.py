@@ -20,9 +20,9 @@ QUANTIZED = (
 )
 
 
-def pictures(session, tp_size, *overrides):
+def pictures(session, *overrides):
     given = np.load(REFERENCE)
-    recipe = compose(["recipe=diffusion/digits", "runtime.dtype=float32", f"parallel.tp_size={tp_size}", *overrides])
+    recipe = compose(["recipe=diffusion/digits", "runtime.dtype=float32", *overrides])
     plan = make_plan(open_checked(recipe), "cpu")
     settings = {
         "class_labels": given["labels"].tolist(),
@@ -36,16 +36,27 @@ def pictures(session, tp_size, *overrides):
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("tp_size", [1, 2, 3])
-def test_float_pictures_are_the_reference_s(warm_session, tp_size):
+@pytest.mark.parametrize(
+    "layout",
+    [{"tp": 1}, {"tp": 2}, {"tp": 3}, {"tp": 1, "cfg": 2}, {"tp": 1, "ulysses": 2}, {"tp": 2, "cfg": 2},
+     {"tp": 1, "ulysses": 2, "cfg": 2}],
+    ids=lambda layout: "-".join(f"{axis}{size}" for axis, size in layout.items()),
+)  # fmt: skip
+def test_float_pictures_are_the_reference_s(warm_session, layout):
     # two thousandths for the decoder (README of the golden files), half a step of 8 bits
-    assert np.abs(pictures(warm_session, tp_size) - np.load(REFERENCE)["images"]).max() <= 2e-3 + 0.5 / 255
+    assert (
+        np.abs(
+            pictures(warm_session, *(f"parallel.{axis}_size={n}" for axis, n in layout.items()))
+            - np.load(REFERENCE)["images"]
+        ).max()
+        <= 2e-3 + 0.5 / 255
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_quantized_pictures_are_close(warm_session):
-    error = np.square(pictures(warm_session, 2, *QUANTIZED) - np.load(REFERENCE)["images"]).mean()
+    error = np.square(pictures(warm_session, *QUANTIZED) - np.load(REFERENCE)["images"]).mean()
     assert -10 * np.log10(error) >= 45.7  # 48.7 dB by the README, less 3
 
 
