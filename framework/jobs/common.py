@@ -16,8 +16,9 @@ from framework.capability.table import read_table
 from framework.checkpoint.open import header_bytes
 from framework.errors import Problem, Refused
 from framework.jobs.cann import cann_version
+from framework.planning.arrange import check_arranged
 from framework.planning.assume import assumed_indexes
-from framework.planning.check import Capability, Checked, check
+from framework.planning.check import Capability, Checked
 from framework.planning.parts import open_indexes
 from framework.recipe.compose import conf_dir
 from framework.recipe.schema import Recipe
@@ -49,11 +50,11 @@ def open_checked(recipe: Recipe, *, headers_only: bool = False) -> Checked:
     """
     assume, kind, capability = recipe.model.assume, recipe.model.kind, read_capability(recipe)
     if headers_only and assume is not None and not Path(recipe.model.path).exists():
-        return check(recipe, assumed_indexes(assume, kind), capability)
+        return check_arranged(recipe, assumed_indexes(assume, kind), capability)
     with transfer_progress() as progress:
         enough = header_bytes if headers_only else None
         path = resolve(recipe.model.path, sha256=recipe.model.sha256, progress=progress, header_bytes=enough)
-    return check(recipe, open_indexes(Path(path), kind), capability)
+    return check_arranged(recipe, open_indexes(Path(path), kind), capability)
 
 
 def read_capability(recipe: Recipe) -> Capability:

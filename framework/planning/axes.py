@@ -13,8 +13,8 @@ def axes(recipe: Recipe, model: Described) -> list[Problem]:
     if model.decoder:
         return [
             _unused(recipe, name, "it deals a picture's work to ranks, this model writes text")
-            for name in ("cfg_size", "ulysses_size", "data_size")
-            if getattr(recipe.parallel, name) != 1
+            for name in ("cfg_size", "ulysses_size", "data_size", "devices")
+            if getattr(recipe.parallel, name) not in (1, None)
         ]
     return [*_guidance(recipe, model), *_tokens(recipe, model)]
 
@@ -78,5 +78,5 @@ def _unused(recipe: Recipe, name: str, why: str) -> Problem:
         f"parallel.{name} has nothing to deal",
         recipe.origins.get(f"parallel.{name}", f"parallel.{name}"),
         why,
-        f"parallel.{name}=1",
+        "parallel.tp_size=N" if name == "devices" else f"parallel.{name}=1",
     )

@@ -42,7 +42,7 @@ def make_plan(checked: Checked, device: str) -> Plan:
                 "runtime.dtype=bfloat16   or   runtime.device=cpu",
             )
         )
-    modules = tuple(_planned(placed, checked.capability.limits) for placed in checked.placed)
+    modules = planned_modules(checked)
     runtime = RuntimePlan(
         device=device,
         dtype=dtype,
@@ -77,6 +77,11 @@ def make_plan(checked: Checked, device: str) -> Plan:
         ),
     )
     return replace(plan, roofline=roofline(plan, recipe.hardware))
+
+
+def planned_modules(checked: Checked) -> tuple[PlannedModule, ...]:
+    """Return the modules of a plan."""
+    return tuple(_planned(placed, checked.capability.limits) for placed in checked.placed)
 
 
 def cache_dtype(device: str, dtype: str) -> str:

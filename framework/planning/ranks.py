@@ -26,7 +26,7 @@ def cache_pages(
         return wanted
     per_page = [page_bytes(decoder, share, runtime.cache_dtype) for share in shares(checked)]
     room = [CPU_CACHE_BYTES // size for size in per_page] if runtime.device == "cpu" else [wanted]
-    if capacity := _capacity(checked):
+    if capacity := capacity_bytes(checked):
         workspace = _workspace(checked, decoder, runtime)
         for rank, size in enumerate(per_page):
             room.append((capacity - sum(rank_weights(modules, rank, runtime.dtype)) - workspace) // size)
@@ -41,7 +41,7 @@ def plan_ranks(checked: Checked, modules: tuple[PlannedModule, ...], runtime: Ru
         Refused: `memory`, with what would fit.
     """
     decoder, layout = checked.model.decoder, Layout.of(checked.recipe.parallel)
-    capacity = _capacity(checked)
+    capacity = capacity_bytes(checked)
     workspace = _workspace(checked, decoder, runtime) if decoder else 0
     per_node = checked.recipe.hardware.devices_per_node or layout.size
     held = shares(checked)
@@ -81,7 +81,8 @@ def shares(checked: Checked) -> list[HeadShare]:
     return [HeadShare(a, b, a, b) for a, b in heads]
 
 
-def _capacity(checked: Checked) -> int:
+def capacity_bytes(checked: Checked) -> int:
+    """Return what a plan may use of a device; 0: unknown."""
     hbm = checked.recipe.hardware.hbm_gib
     return int(hbm * GIB * checked.recipe.runtime.memory_fraction) if hbm else 0
 

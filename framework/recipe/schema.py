@@ -154,7 +154,9 @@ class Parallel:
     ulysses_size: int = field(default=1, metadata={"minimum": 1})
     """Diffusion: sequence-parallel ranks."""
     data_size: int = field(default=1, metadata={"minimum": 1})
-    """Copies of the model."""
+    """Diffusion: copies of the model, each with outputs of its own."""
+    devices: int | None = field(default=None, metadata={"minimum": 1})
+    """Diffusion: ranks in all; the sizes that are left at 1 are picked so that one output is ready soonest."""
 
 
 @dataclass(frozen=True, slots=True)

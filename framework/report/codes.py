@@ -159,6 +159,8 @@ _TABLE = {
          "`parallel.cfg_size=1`, or a guidance above 1."),
         ("ulysses-heads", NO, "The attention heads cannot be dealt evenly to the ranks that share the tokens.",
          "A size that is listed."),
+        ("devices-uneven", NO, "`parallel.devices` is no multiple of the ranks that other sizes ask for.",
+         "A number that is named."),
         ("context", NO, "The context is longer than the model's.", "A smaller `runtime.context`."),
         ("dtype-device", NO, "float32 is asked of NPUs.", "`runtime.dtype=bfloat16`, or `runtime.device=cpu`."),
     ),

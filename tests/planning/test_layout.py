@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framework.jobs.common import open_checked
+from framework.planning.arrange import choose
 from framework.planning.layout import AXES, Layout
 from framework.planning.make import make_plan
 from framework.planning.plan import Plan
@@ -65,8 +66,51 @@ def test_guidance_that_is_not_named_is_the_pipelines_own():
     assert open_checked(compose([*WAN, "parallel.cfg_size=2"]), headers_only=True).ok
 
 
-@pytest.mark.parametrize("axis", ["cfg_size", "ulysses_size", "data_size"])
+@pytest.mark.parametrize("axis", ["cfg_size", "ulysses_size", "data_size", "devices"])
 def test_a_language_model_has_nothing_for_these_axes(axis):
     given = ["recipe=llm/qwen3-32b-w8a8", "job=check", f"parallel.{axis}=2"]
     (problem,) = open_checked(compose(given), headers_only=True).problems
-    assert problem.code == "parallel-unused" and problem.fix == f"parallel.{axis}=1"
+    assert problem.code == "parallel-unused" and problem.fix.startswith("parallel.")
+
+
+SIZES = [1, 2, 3, 4, 6, 12]  # that 12 heads allow
+
+
+@pytest.mark.parametrize(
+    ("devices", "given", "off", "sizes", "wanted"),
+    [
+        (1, Layout(), "", SIZES, Layout()),
+        (2, Layout(), "", SIZES, Layout(cfg_size=2)),
+        (2, Layout(), "one prediction", SIZES, Layout(ulysses_size=2)),
+        (8, Layout(), "", SIZES, Layout(cfg_size=2, ulysses_size=4)),
+        (8, Layout(tp_size=2), "", [1, 2, 3, 6], Layout(tp_size=2, cfg_size=2, ulysses_size=2)),
+        (10, Layout(), "", SIZES, Layout(cfg_size=2, data_size=5)),
+        (8, Layout(data_size=4), "", SIZES, Layout(cfg_size=2, data_size=4)),
+        (3, Layout(), "", SIZES, Layout(ulysses_size=3)),
+    ],
+)
+def test_devices_are_dealt_for_the_time_of_one_output(devices, given, off, sizes, wanted):
+    choice = choose(devices, given, "they fit", off, sizes)
+    assert choice.layout == wanted and choice.layout.size == devices
+    used = [f"{axis} {size}" for axis, size in wanted.sizes.items() if size > 1]
+    assert all(any(reason.startswith(f"{axis}:") for reason in choice.reasons) for axis in used if "data" not in axis)
+
+
+def layout_of(*given):
+    checked = open_checked(compose([*WAN, *given]), headers_only=True)
+    assert checked.ok, checked.problems
+    return Layout.of(checked.recipe.parallel), checked.notes
+
+
+def test_weights_that_do_not_fit_are_cut_first():
+    assert layout_of("parallel.devices=8")[0] == Layout(cfg_size=2, ulysses_size=4)
+    layout, notes = layout_of("parallel.devices=8", "hardware.hbm_gib=32")
+    assert layout == Layout(tp_size=2, cfg_size=2, ulysses_size=2)
+    assert notes[0] == "8 devices: cfg 2 x ulysses 2 x tp 2" and "27.1 GiB at tp 1, 14.0 GiB at tp 2" in notes[1]
+
+
+def test_sizes_that_a_recipe_names_are_kept():
+    assert layout_of("parallel.devices=8", "parallel.tp_size=4")[0] == Layout(tp_size=4, cfg_size=2)
+    assert layout_of("parallel.devices=4", "job.guidance=1")[0] == Layout(ulysses_size=4)
+    (problem,) = open_checked(compose([*WAN, "parallel.devices=8", "parallel.tp_size=3"]), headers_only=True).problems
+    assert problem.code == "devices-uneven" and "parallel.devices=9" in problem.fix
