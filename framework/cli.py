@@ -9,12 +9,14 @@ os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
 import contextlib
 import importlib
+import logging
 import signal
 import sys
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 BUG = 70
 INTERRUPTED = 130
 
+_OURS = logging.getLogger("framework")
+_LOG = logging.getLogger(__name__)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1, 2, 70 or 130.
@@ -38,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if not _OURS.handlers:
+        _OURS.addHandler(logging.NullHandler())  # else logging itself prints errors, until a run opens its log.txt
     if threading.current_thread() is threading.main_thread():
         # a polite end is an interrupt: everything that cleans up on Ctrl-C does so then too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -69,6 +76,15 @@ def _job(recipe: Recipe) -> int:
     return int(importlib.import_module(f"framework.jobs.{recipe.job.name}").run(recipe))
 
 
+def _apart(recipe: Recipe, number: int | None) -> Recipe:
+    """The recipe of a sweep's job, with its own folder below the run directory that all of them name."""
+    if number is None or recipe.run.dir == "auto":
+        return recipe
+    folder = str(Path(recipe.run.dir) / str(number))
+    resolved = {**recipe.resolved, "run": {**recipe.resolved["run"], "dir": folder}}
+    return replace(recipe, run=replace(recipe.run, dir=folder), resolved=resolved)
+
+
 def _run_by_hydra(arguments: Arguments, full_error: bool) -> int:
     """Sweeps, --cfg, --info, completion: Hydra's own entry."""
     import hydra
@@ -89,7 +105,8 @@ def _run_by_hydra(arguments: Arguments, full_error: bool) -> int:
     def task(config: DictConfig) -> None:
         composed = HydraConfig.get()
         choice, overrides = composed.runtime.choices.get("recipe"), list(composed.overrides.task)
-        status = _guarded(lambda: _job(to_recipe(config, choice, overrides)), full_error)
+        number = composed.job.num if arguments.multirun else None
+        status = _guarded(lambda: _job(_apart(to_recipe(config, choice, overrides), number)), full_error)
         statuses.append(status)
         if status == INTERRUPTED:
             raise KeyboardInterrupt
@@ -132,6 +149,7 @@ def _guarded(action: Callable[[], int], full_error: bool) -> int:
     except UserError as error:
         return _show(error, full_error)
     except KeyboardInterrupt:
+        _LOG.info("interrupted")
         sys.stderr.write("\ninterrupted\n")
         return INTERRUPTED
     except BrokenPipeError:
@@ -142,6 +160,7 @@ def _guarded(action: Callable[[], int], full_error: bool) -> int:
         problem = _hydra_problem(error)
         if problem is not None:
             return _show(InputError(problem), full_error)
+        _LOG.exception("a bug")
         sys.stderr.write(mask_secrets(traceback.format_exc()))
         sys.stderr.write("\nThis is a bug. Please report it with the lines above and the run directory's log.txt.\n")
         return BUG
@@ -151,6 +170,7 @@ def _show(error: UserError, full_error: bool) -> int:
     if full_error:
         sys.stderr.write(mask_secrets(traceback.format_exc()) + "\n")
     sys.stdout.flush()
+    _LOG.error("%s", format_problems(error.problems, colour=False))
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     sys.stderr.write(format_problems(error.problems, colour=colour))
     return error.exit_status

@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from framework import cli
 from framework.errors import InputError, Problem, Refused
+from framework.jobs import run_dir
+from framework.jobs.log import note
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,6 +117,41 @@ def test_an_interrupt_exits_130(job, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_the_jobs_of_a_sweep_do_not_share_a_run_directory(job, tmp_path):
+    seen = []
+
+    def run(recipe):
+        seen.append((recipe.run.dir, recipe.resolved["run"]["dir"]))
+        return 0
+
+    job(run)
+    assert cli.main(["recipe=quickstart", "-m", "job=schema", "runtime.seed=0,1", f"run.dir={tmp_path}/r"]) == 0
+    assert seen == [(f"{tmp_path}/r/{number}",) * 2 for number in (0, 1)]
+    assert cli.main(["recipe=quickstart", "job=schema", f"run.dir={tmp_path}/r"]) == 0
+    assert seen[-1] == (f"{tmp_path}/r",) * 2
+
+
+@pytest.mark.parametrize(
+    "ended", [Refused(Problem("refused", "no seats")), ZeroDivisionError("zero https://a:secret99@b")]
+)
+def test_the_log_keeps_how_a_run_ended_and_what_libraries_warned_of(job, tmp_path, ended):
+    def run(recipe):
+        run_dir.create(recipe, None)
+        note("ready in no time")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("a library's worry", UserWarning, stacklevel=1)
+        raise ended
+
+    job(run)
+    logging.captureWarnings(False)  # pytest takes its own hook back after each test
+    cli.main(["job=schema", f"run.dir={tmp_path}/r"])
+    logging.captureWarnings(False)
+    log = (tmp_path / "r" / "log.txt").read_text()
+    assert "ready in no time" in log and "a library's worry" in log and str(ended).split(" https")[0][:4] in log
+    assert "secret99" not in log
+
+
 def test_a_sweep_runs_all_jobs_and_ends_with_the_worst_status(job, capsys):
     seen = []
 
@@ -157,7 +195,7 @@ def test_a_sweep_may_go_over_recipes_and_jobs(job, capsys, tmp_path):
         (["recipe=llm/local", "job=check"], "missing-key"),
         (["recipe=quickstart", "model.path=a=b"], "override-syntax"),
         (["recipe=quickstart", "parallel.tp_size=1,2"], "override-syntax"),
-        (["recipe=quickstart", "job=serve"], "unknown-value"),
+        (["recipe=quickstart", "job=server"], "unknown-value"),
         (["recipe=quickstart", "--jobs", "check"], "unknown-flag"),
         (["recipe=quickstart", "--cfg", "jop"], "unknown-flag"),
         (["--experimental-rerun", "x"], "unknown-flag"),

@@ -12,8 +12,8 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,9 +172,7 @@ def stop(cluster: Cluster) -> None:
 
     below = {p for root in cluster.roots for p in [root, *processes.descendants(root.pid)] if root.alive()}
     if cluster.connected_here:
-        thread = threading.Thread(target=ray.shutdown, daemon=True)
-        thread.start()
-        thread.join(SHUTDOWN_S)
+        _at_most(SHUTDOWN_S, ray.shutdown)
     processes.end(below, GRACE_S)
     if cluster.folder is not None:
         shutil.rmtree(cluster.folder, ignore_errors=True)
@@ -245,11 +243,24 @@ def _no_place(
     )
 
 
-def remove(group: Any) -> None:  # noqa: ANN401
-    """Give the ranks' places back."""
+def remove(cluster: Cluster, group: Any) -> None:  # noqa: ANN401
+    """Give the ranks' places back; disconnecting does it too, and a cluster that no longer answers has none to give."""
+    from ray.exceptions import RayError
     from ray.util.placement_group import remove_placement_group
 
-    remove_placement_group(group)
+    def give_back() -> None:
+        with suppress(RayError):
+            remove_placement_group(group)
+
+    if not cluster.connected_here:
+        _at_most(SHUTDOWN_S, give_back)
+
+
+def _at_most(seconds: float, action: Callable[[], None]) -> None:
+    """Wait so long for what hangs where a node or its raylet is gone."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def worker_environment(threads: int) -> dict[str, str]:

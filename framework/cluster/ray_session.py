@@ -155,8 +155,7 @@ class RaySession:
         self._closed = True
         with _no_interrupts():
             self._kill()
-            with suppress(Exception):
-                placement.remove(self._group)
+            placement.remove(self._cluster, self._group)
             placement.stop(self._cluster)
 
     def _active(self) -> list[Any]:

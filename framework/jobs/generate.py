@@ -10,6 +10,7 @@ from typing import Any
 from framework.engine.request import Finished, Request, SamplingParams, TokenEvent
 from framework.jobs import run_dir
 from framework.jobs.common import open_checked, options, resolve_device
+from framework.jobs.log import note
 from framework.jobs.prompts import Prompt, read_prompts
 from framework.jobs.ranks import started
 from framework.planning.make import make_plan
@@ -25,13 +26,13 @@ def run(recipe: Recipe) -> int:
     checked = open_checked(recipe)
     require_runnable(checked)
     plan = make_plan(checked, resolve_device(recipe))
-    _note(first_line(plan.to_json()))
+    note(first_line(plan.to_json()))
     tokenizer = load_tokenizer(checked.index)
     prompts = read_prompts(recipe, tokenizer, plan.runtime.context)
     run = run_dir.create(recipe, plan)
     with started(recipe, plan, tokenizer.to_json(), log_dir=run.path) as (session, load_s):
         held = session.call("bytes_held")
-        _note(ready_line(load_s, held, plan.to_json()))
+        note(ready_line(load_s, held, plan.to_json()))
         stream = _Stream(run, prompts)
         begin = time.perf_counter()
         for events in session.stream("generate", requests(recipe, prompts)):
@@ -50,7 +51,7 @@ def run(recipe: Recipe) -> int:
     }
     run.write_json("metrics.json", metrics)
     results = [stream.results[i] for i in range(len(prompts))]
-    _note(closing(results, metrics, plan.to_json(), str(run.path / "results.jsonl")))
+    note(closing(results, metrics, plan.to_json(), str(run.path / "results.jsonl")))
     return 0
 
 
@@ -118,8 +119,3 @@ class _Stream:
             self.current += 1
             if self.current < len(self.prompts):
                 sys.stdout.write("\n" + "".join(self.waiting.pop(self.current, [])))
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,8 @@ from framework.cluster.session import Session, open_session
 from framework.planning.plan import Plan
 from framework.recipe.schema import Recipe
 from framework.report.progress import transfer_progress, waiting
+
+_LOG = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -30,4 +33,11 @@ def started(
         with transfer_progress() as report:
             report("load", 0, 0)
             session.load(plan, tokenizer_json, lambda done, total: report("load", done, total), loader=loader)
-        yield session, time.perf_counter() - begin
+        load_s = time.perf_counter() - begin
+        for rank in session.describe():
+            where = f"{rank.device} {rank.devices}".strip()
+            _LOG.info(
+                "rank %d on %s (%s), process %d, %s: loaded, at most %.0f MiB of host memory so far",
+                *(rank.rank, rank.host, rank.address, rank.pid, where, rank.peak_host_bytes / 2**20),
+            )
+        yield session, load_s

@@ -14,9 +14,12 @@ from typing import Any
 import yaml
 
 from framework.errors import InputError, Problem, Refused
+from framework.jobs.log import open_log
 from framework.planning.plan import Plan
 from framework.recipe.schema import Recipe
 from framework.recipe.secrets import mask_secrets
+
+_LOG = logging.getLogger(__name__)
 
 PACKAGES = (
     "npu-launch",
@@ -91,16 +94,8 @@ def create(recipe: Recipe, plan: Plan | None) -> RunDirectory:
     run.write_json("versions.json", versions())
     if plan is not None:
         run.write_json("plan.json", plan.to_json())
-    handler = logging.FileHandler(path / "log.txt", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("framework")
-    for old in list(logger.handlers):  # of an earlier run of a sweep
-        logger.removeHandler(old)
-        old.close()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.info("job %s of recipe %s", recipe.job.name, recipe.name)
+    open_log(path / "log.txt")
+    _LOG.info("job %s of recipe %s", recipe.job.name, recipe.name)
     return run
 
 

@@ -224,7 +224,12 @@ def test_patterns_of_a_stand_in_set_types_in_order():
         ("float", {"mix": "Q4_K_X"}, "quant-type-unknown", "model.assume.gguf_mix=Q4_K_S"),
         ("w4a16", {"mix": "Q4_K_M"}, "quant-type-unknown", "model.assume.gguf_mix=Q4_0"),
         ("w8a8_dynamic", {}, "quant-type-unknown", "model.assume.scheme=float"),
-        ("float", {"layers": [{"pattern": "re:(", "scheme": "w4a16"}]}, "pattern-syntax", ""),
+        (
+            "float",
+            {"layers": [{"pattern": "re:(", "scheme": "w4a16"}]},
+            "pattern-syntax",
+            "mend the expression   or   write a glob, without re:",
+        ),
     ],
 )
 def test_a_stand_in_that_cannot_be_is_refused(scheme, options, code, fix):

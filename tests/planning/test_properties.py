@@ -34,7 +34,8 @@ MLA = MOE | {
     "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "routed_scaling_factor": 2.5,
     "moe_layer_freq": 1, "rope_theta": 10000,
 }  # fmt: skip
-WAN = json.loads((GOLDEN / "diffusion" / "tiny-wan2.2" / "transformer" / "config.json").read_text())
+WAN_FOLDER = GOLDEN / "diffusion" / "tiny-wan2.2"
+WAN = json.loads((WAN_FOLDER / "transformer" / "config.json").read_text())
 FAMILIES = {"dense": DENSE, "moe": MOE, "mla": MLA, "wan": WAN}
 
 
@@ -49,12 +50,12 @@ def capability():
     return read_capability(composed("a2", "llm"))
 
 
-def index_of(tensors, config, documents):
+def index_of(tensors, config, documents, root=Path("m")):
     infos = {
         name: TensorInfo(name, Path("m"), 0, int(np.prod(shape)) * DTYPE_BYTES[dtype], dtype, shape)
         for name, (dtype, shape) in tensors.items()
     }
-    return Index(Path("m"), "safetensors", infos, config=config, documents=documents)
+    return Index(root, "safetensors", infos, config=config, documents=documents)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def pipeline(scheme, config):
     described = tuple(diffusion_modules(describe_transformer(config)))
     made = LAYOUTS["modelslim"].stand_in(described, "float", {"layers": rules})
     tensors = {name: (dtype, shape) for name, dtype, shape in made.tensors}
-    return {part: index_of(tensors, config, made.documents) for part in ("transformer.", "transformer_2.")}
+    names = ("transformer", "transformer_2")
+    return {f"{name}.": index_of(tensors, config, made.documents, WAN_FOLDER / name) for name in names}
 
 
 def checked_at(model, tp_size, ep_size=1):
