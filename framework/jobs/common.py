@@ -93,6 +93,11 @@ def command_of(recipe: Recipe) -> str:
     return f"python launch.py recipe={recipe.name}"
 
 
+def is_given(recipe: Recipe, key: str) -> bool:
+    """Whether the recipe or the command line gives a key."""
+    return recipe.origins.get(key, "default") != "default"
+
+
 def options(recipe: Recipe) -> Mapping[str, Any]:
     """The job's options."""
     return recipe.job.options

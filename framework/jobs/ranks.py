@@ -30,14 +30,18 @@ def started(
         with waiting("starting ranks"):
             session = stack.enter_context(open_session(recipe.cluster, plan, log_dir=log_dir))
         begin = time.perf_counter()
-        with transfer_progress() as report:
-            report("load", 0, 0)
-            session.load(plan, tokenizer_json, lambda done, total: report("load", done, total), loader=loader)
-        load_s = time.perf_counter() - begin
-        for rank in session.describe():
-            where = f"{rank.device} {rank.devices}".strip()
-            _LOG.info(
-                "rank %d on %s (%s), process %d, %s: loaded, at most %.0f MiB of host memory so far",
-                *(rank.rank, rank.host, rank.address, rank.pid, where, rank.peak_host_bytes / 2**20),
-            )
-        yield session, load_s
+        load(session, plan, tokenizer_json, loader=loader)
+        yield session, time.perf_counter() - begin
+
+
+def load(session: Session, plan: Plan, tokenizer_json: str | None = None, *, loader: str | None = None) -> None:
+    """Load a plan on ranks that run, in place of what they held, with progress."""
+    with transfer_progress() as report:
+        report("load", 0, 0)
+        session.load(plan, tokenizer_json, lambda done, total: report("load", done, total), loader=loader)
+    for rank in session.describe():
+        where = f"{rank.device} {rank.devices}".strip()
+        _LOG.info(
+            "rank %d on %s (%s), process %d, %s: loaded, at most %.0f MiB of host memory so far",
+            *(rank.rank, rank.host, rank.address, rank.pid, where, rank.peak_host_bytes / 2**20),
+        )

@@ -32,11 +32,7 @@ def read_reference(path: Path, logits_key: str | None) -> list[Reference]:
     Raises:
         InputError: `reference-file`, `reference-key`.
     """
-    if not path.is_file():
-        raise InputError(
-            Problem("reference-file", "the reference is not there", str(path), fix="job.reference=FILE.npz")
-        )
-    arrays = _npz(path) if path.suffix == ".npz" else _safetensors(path)
+    arrays = read_arrays(path)
     found = ((re.fullmatch(r"prompt(\d+)\.input_ids|input_ids_(\d+)", name), name) for name in arrays)
     prompts = {int(match[1] or match[2]): name for match, name in found if match}
     if not prompts:
@@ -45,6 +41,19 @@ def read_reference(path: Path, logits_key: str | None) -> list[Reference]:
         Reference([int(i) for i in arrays[name]], _logits(path, arrays, k, logits_key, len(arrays[name])))
         for k, name in sorted(prompts.items())
     ]
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """Read all arrays of an .npz or .safetensors file, by name. Nothing is unpickled.
+
+    Raises:
+        InputError: `reference-file`.
+    """
+    if not path.is_file():
+        raise InputError(
+            Problem("reference-file", "the reference is not there", str(path), fix="job.reference=FILE.npz")
+        )
+    return _npz(path) if path.suffix == ".npz" else _safetensors(path)
 
 
 def _logits(path: Path, arrays: dict[str, Any], k: int, key: str | None, tokens: int) -> Any:  # noqa: ANN401

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from framework.errors import InputError, Problem
+from framework.families.pipeline import describe_pipeline
 from framework.jobs import run_dir
 from framework.jobs.common import open_checked, options, resolve_device
-from framework.jobs.ranks import started
+from framework.jobs.drawing import Output, arguments_of, drawers
 from framework.planning.make import make_plan
+from framework.planning.plan import Plan
 from framework.planning.runnable import require_runnable
 from framework.recipe.schema import Recipe
 from framework.report.pictures import save_grid, save_pictures, save_video
-from framework.report.progress import transfer_progress
+from framework.report.progress import step_progress
 from framework.report.text import columns, heading, size
-
-LOADER = "framework.diffusion.pipeline:load_pipeline"
-# The recipe's words -> arguments of diffusers' pipelines.
-ARGUMENTS = {
-    "negative_prompt": "negative_prompt",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "guidance_2": "guidance_scale_2",
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +31,11 @@ class Wanted:
     label: int | None
     seed: int
 
+    def arguments(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for this output alone."""
+        own = {"prompt": self.prompt} if self.label is None else {"class_labels": [self.label]}
+        return {**shared, **own}
+
 
 def run(recipe: Recipe) -> int:
     """Render every prompt or label."""
@@ -48,39 +44,35 @@ def run(recipe: Recipe) -> int:
     wanted = outputs(recipe)
     checked = open_checked(recipe)
     require_runnable(checked)
+    shown = {
+        **chosen,
+        "prompts": [w.prompt for w in wanted if w.prompt],
+        "labels": [w.label for w in wanted[:1] if w.label is not None],
+    }
+    shared, notes = arguments_of(describe_pipeline(checked.root), shown)
     plan = make_plan(checked, resolve_device(recipe))
     run = run_dir.create(recipe, plan)
-    _note(
-        "\n".join(
-            heading("render", recipe.name, plan.tier, plan.tp_size, f"{plan.runtime.device} {plan.runtime.dtype}")
-        )
-    )
-    rows, pictures = [], []
-    with started(recipe, plan, log_dir=run.path, loader=LOADER) as (session, load_s):
+    device = f"{plan.runtime.device} {plan.runtime.dtype}"
+    _note("\n".join(heading("render", recipe.name, plan.tier, plan.tp_size, str(plan.layout), device)))
+    for note in notes:
+        _note(f"note      {note}")
+    asked = [Output(one.arguments(shared), one.seed) for one in wanted]
+    rows: list[list[str]] = []
+    pictures: list[Any] = []
+    with drawers(recipe, plan, asked, log_dir=run.path) as (session, ready, load_s):
         held = session.call("bytes_held")
-        takes = session.call("takes")[0]
-        settings = {ARGUMENTS[k]: v for k, v in chosen.items() if k in ARGUMENTS and v is not None}
-        _known(settings, takes)
-        for index, one in enumerate(wanted):
+        copies = plan.layout.data_size
+        for first in range(0, len(wanted), copies):
             begin = time.perf_counter()
-            given = settings | ({"prompt": one.prompt} if one.label is None else {"class_labels": [one.label]})
-            _known(given, takes)
-            with transfer_progress() as report:
-                for event in session.stream("render", given, one.seed):
-                    if "step" in event:
-                        report("denoise", event["step"], int(chosen["steps"]))
-                    else:
-                        frames = event["frames"]
-            stem = run.path / f"output-{index:03d}"
-            is_video = len(frames) > 1
-            files = save_video(frames, stem, int(chosen["fps"])) if is_video else save_pictures(frames, stem)
-            pictures += [] if is_video else [frames[0]]
-            names = [file.name for file in files]
-            run.append_line(
-                "results.jsonl",
-                {"index": index, "prompt": one.prompt, "label": one.label, "seed": one.seed, "files": names},
-            )
-            rows.append([str(index), str(one.seed), f"{time.perf_counter() - begin:.1f} s", names[0]])
+            drawn = _draw(session, ready[first : first + copies], f"{first + 1}/{len(wanted)}")
+            seconds = time.perf_counter() - begin
+            for index, made in enumerate(drawn, first):
+                story = _story(recipe, plan, asked[index], wanted[index], seconds)
+                files = _save(made["frames"], run.path / f"output-{index:03d}", story, int(chosen["fps"]))
+                pictures += [made["frames"][0]] if len(made["frames"]) == 1 else []
+                run.write_json(f"output-{index:03d}.json", story)
+                run.append_line("results.jsonl", _result(index, wanted[index], files))
+                rows.append([str(index), str(wanted[index].seed), f"{seconds:.1f} s", files[0]])
     if len(pictures) > 1:
         save_grid(pictures, run.path / "grid.png")
     total_s = time.perf_counter() - start
@@ -91,6 +83,53 @@ def run(recipe: Recipe) -> int:
     _note(f"done      {len(wanted)} outputs, {total_s:.1f} s in all, {size(max(held))} of transformers a rank")
     _note(f"results   {run.path}")
     return 0
+
+
+def _draw(session: Any, batch: list[Output], which: str) -> list[dict[str, Any]]:  # noqa: ANN401
+    """Draw one output on each copy of the model."""
+    drawn = []
+    with step_progress(f"denoise {which}") as report:
+        for event in session.stream("render", [(one.arguments, one.seed) for one in batch]):
+            if "step" in event:
+                report(event["step"], event["steps"])
+            else:
+                drawn.append(event)
+    return drawn
+
+
+def _story(recipe: Recipe, plan: Plan, output: Output, wanted: Wanted, seconds: float) -> dict[str, Any]:
+    """Return all that it takes to draw an output again, and how it was drawn."""
+    settings = {name: value for name, value in output.arguments.items() if isinstance(value, str | int | float | list)}
+    schemes: dict[str, dict[str, int]] = {}
+    for planned in plan.modules:
+        if planned.module.quantizable:
+            part = schemes.setdefault(planned.name.partition(".")[0], {})
+            part[planned.scheme] = part.get(planned.scheme, 0) + 1
+    return {
+        "prompt": wanted.prompt,
+        "label": wanted.label,
+        "seed": wanted.seed,
+        "settings": settings,
+        "scheduler": output.arguments.get("scheduler"),
+        "model": recipe.model.path,
+        "schemes": schemes,
+        "layout": str(plan.layout),
+        "dtype": plan.runtime.dtype,
+        "seconds": round(seconds, 3),
+        "versions": run_dir.versions(),
+        "recipe": recipe.resolved,
+    }
+
+
+def _save(frames: Any, stem: Path, story: Mapping[str, Any], fps: int) -> list[str]:  # noqa: ANN401
+    files, note = save_video(frames, stem, fps, story) if len(frames) > 1 else (save_pictures(frames, stem, story), "")
+    if note:
+        _note(f"note      {note}")
+    return [file.name for file in files]
+
+
+def _result(index: int, wanted: Wanted, files: list[str]) -> dict[str, Any]:
+    return {"index": index, "prompt": wanted.prompt, "label": wanted.label, "seed": wanted.seed, "files": files}
 
 
 def outputs(recipe: Recipe) -> list[Wanted]:
@@ -127,26 +166,6 @@ def _lines(path: Path) -> list[str]:
                 "prompt-file", f"the prompt file cannot be read: {error}", str(path), fix="job.prompt_file=FILE.txt"
             )
         ) from error
-
-
-def _known(settings: dict[str, Any], takes: list[str]) -> None:
-    """Refuse what the pipeline's call does not have.
-
-    Raises:
-        InputError: `setting-unknown`.
-    """
-    unknown = [name for name in settings if name not in takes]
-    if unknown:
-        words = {argument: word for word, argument in ARGUMENTS.items()}
-        words |= {"prompt": "prompts", "class_labels": "labels"}
-        raise InputError(
-            Problem(
-                "setting-unknown",
-                f"this pipeline takes no {', '.join(words[name] for name in unknown)}",
-                f"job.{words[unknown[0]]}",
-                f"it takes {', '.join(words[name] for name in takes if name in words)}",
-            )
-        )
 
 
 def _note(text: str) -> None:

@@ -1,4 +1,4 @@
-"""job=verify: is my deployment right? Logits against a reference file or another recipe."""
+"""job=verify: is my deployment right? Logits against a reference file or another recipe; see verify_drawing too."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from framework.errors import InputError, Problem
 from framework.geometry import Split
-from framework.jobs import run_dir
-from framework.jobs.common import emit, emit_json, open_checked, options, resolve_device
+from framework.jobs import run_dir, verify_drawing
+from framework.jobs.common import emit, emit_json, is_given, open_checked, options, resolve_device
 from framework.jobs.compare import compare
+from framework.jobs.drawing import WORDS
 from framework.jobs.ranks import started
 from framework.jobs.reference import Reference, read_reference
 from framework.planning.make import make_plan
@@ -39,7 +40,14 @@ TEXT = "The quick brown fox jumps over the lazy dog.\ndef fib(n): return n if n 
 
 
 def run(recipe: Recipe) -> int:
-    """Verify and report. Returns 0 when every prompt holds, else 1."""
+    """Verify and report. Returns 0 when every prompt holds, else 1.
+
+    Raises:
+        InputError: `job-kind`, options that are for the other kind of model; what cannot be read.
+    """
+    _fits(recipe)
+    if recipe.model.kind == "diffusion":
+        return verify_drawing.run(recipe)
     start = time.perf_counter()
     chosen = options(recipe)
     plan = plan_of(recipe)
@@ -73,6 +81,26 @@ def run(recipe: Recipe) -> int:
         case _:
             emit(verify_text(document, plan.to_json(), ok, str(against), float(chosen["min_top1"])))
     return 0 if document["ok"] else 1
+
+
+# options of this job that are for one kind of model
+LLM_ONLY = ("logits_key", "min_top1", "per_module")
+DIFFUSION_ONLY = (*WORDS, "prompt_file", "frames_tolerance")
+
+
+def _fits(recipe: Recipe) -> None:
+    other, names = ("llm", LLM_ONLY) if recipe.model.kind == "diffusion" else ("diffusion", DIFFUSION_ONLY)
+    given = [f"job.{name}" for name in names if is_given(recipe, f"job.{name}")]
+    if given:
+        raise InputError(
+            Problem(
+                "job-kind",
+                f"{', '.join(given)}: for models of kind {other}",
+                recipe.origins[given[0]],
+                f"this recipe is of kind {recipe.model.kind}",
+                "leave it out",
+            )
+        )
 
 
 def plan_of(recipe: Recipe) -> Plan:

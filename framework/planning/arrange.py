@@ -12,7 +12,7 @@ from framework.planning.axes import guidance_off, ulysses_sizes
 from framework.planning.check import Capability, Checked, check
 from framework.planning.layout import Layout
 from framework.planning.make import planned_modules
-from framework.planning.memory import rank_weights
+from framework.planning.memory import held_at_once
 from framework.planning.ranks import GIB, capacity_bytes
 from framework.recipe.schema import Recipe
 
@@ -117,9 +117,9 @@ def _about_weights(tried: list[Checked]) -> str:
 
 
 def _weights(checked: Checked) -> int:
-    modules = planned_modules(checked)
+    modules, runtime = planned_modules(checked), checked.recipe.runtime
     return max(
-        sum(rank_weights(modules, rank, checked.recipe.runtime.dtype))
+        sum(held_at_once(modules, rank, runtime.dtype, runtime.offload))
         for rank in range(checked.recipe.parallel.tp_size)
     )
 

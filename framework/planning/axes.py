@@ -9,14 +9,37 @@ from framework.recipe.schema import Recipe
 
 
 def axes(recipe: Recipe, model: Described) -> list[Problem]:
-    """Problems: `parallel-unused`, `cfg-guidance`, `ulysses-heads`."""
+    """Problems: `parallel-unused`, `cfg-guidance`, `ulysses-heads`, `runtime-unused`."""
     if model.decoder:
-        return [
+        return _runtime(recipe, model) + [
             _unused(recipe, name, "it deals a picture's work to ranks, this model writes text")
             for name in ("cfg_size", "ulysses_size", "data_size", "devices")
             if getattr(recipe.parallel, name) not in (1, None)
         ]
-    return [*_guidance(recipe, model), *_tokens(recipe, model)]
+    return [*_guidance(recipe, model), *_tokens(recipe, model), *_runtime(recipe, model)]
+
+
+def _runtime(recipe: Recipe, model: Described) -> list[Problem]:
+    """Options of the runtime that this model has nothing for."""
+    single = len(model.transformers or {}) == 1
+    idle = {
+        "offload": "" if recipe.runtime.offload == "none" else "none",
+        "vae_tiling": "false" if recipe.runtime.vae_tiling and model.decoder else "",
+        "vae_slicing": "false" if recipe.runtime.vae_slicing and model.decoder else "",
+    }
+    if not model.decoder and not single:
+        idle["offload"] = ""
+    return [
+        Problem(
+            "runtime-unused",
+            f"runtime.{name} has nothing to do",
+            recipe.origins.get(f"runtime.{name}", f"runtime.{name}"),
+            "this pipeline has one transformer" if single else "this model writes text",
+            f"runtime.{name}={off}",
+        )
+        for name, off in idle.items()
+        if off
+    ]
 
 
 def guidance_off(recipe: Recipe, model: Described) -> str:

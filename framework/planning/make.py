@@ -53,6 +53,9 @@ def make_plan(checked: Checked, device: str) -> Plan:
         cache_pages=0,
         chunk_tokens=CHUNK_TOKENS if decoder else 0,
         seed=recipe.runtime.seed,
+        offload=recipe.runtime.offload,
+        vae_tiling=recipe.runtime.vae_tiling,
+        vae_slicing=recipe.runtime.vae_slicing,
     )
     if decoder:
         runtime = replace(runtime, cache_pages=cache_pages(checked, decoder, modules, runtime))
@@ -74,6 +77,7 @@ def make_plan(checked: Checked, device: str) -> Plan:
             *_copies(Layout.of(recipe.parallel)),
             *_imbalance(checked.cuts, decoder),
             *_uncounted(decoder),
+            *_offloaded(runtime),
         ),
     )
     return replace(plan, roofline=roofline(plan, recipe.hardware))
@@ -158,3 +162,9 @@ def _uncounted(decoder: DecoderSpec | None) -> list[str]:
     if decoder:
         return []
     return ["text encoder, VAE and activations are not counted: transformers only"]
+
+
+def _offloaded(runtime: RuntimePlan) -> list[str]:
+    if runtime.offload == "none":
+        return []
+    return ["one expert is in memory at a time: each output reads both again"]

@@ -34,6 +34,16 @@ def rank_weights(modules: tuple[PlannedModule, ...], rank: int, dtype: str) -> l
     ]
 
 
+def held_at_once(modules: tuple[PlannedModule, ...], rank: int, dtype: str, offload: str) -> list[int]:
+    """Bytes of each module of those that a rank holds at a time: with `experts` those of the larger transformer."""
+    if offload == "none":
+        return rank_weights(modules, rank, dtype)
+    parts: dict[str, list[PlannedModule]] = {}
+    for planned in modules:
+        parts.setdefault(planned.name.partition(".")[0], []).append(planned)
+    return max((rank_weights(tuple(part), rank, dtype) for part in parts.values()), key=sum)
+
+
 def page_bytes(spec: DecoderSpec, share: HeadShare, dtype: str) -> int:
     """Bytes of one page of 128 tokens over all layers of a rank: keys and values, or MLA's latent."""
     return PAGE_TOKENS * spec.layers * spec.cache_values(share.kv1 - share.kv0) * DTYPE_BYTES[dtype]

@@ -86,6 +86,9 @@ class RuntimePlan:
     cache_pages: int
     chunk_tokens: int
     seed: int
+    offload: str = "none"
+    vae_tiling: bool = False
+    vae_slicing: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from framework.families.base import DecoderSpec
 from framework.geometry import HeadShare
 from framework.planning.check import Checked
 from framework.planning.layout import Layout
-from framework.planning.memory import PAGE_TOKENS, page_bytes, rank_weights, workspace_bytes
+from framework.planning.memory import PAGE_TOKENS, held_at_once, page_bytes, rank_weights, workspace_bytes
 from framework.planning.plan import PlannedModule, RankPlan, RuntimePlan
 
 GIB = 1 << 30
@@ -49,7 +49,7 @@ def plan_ranks(checked: Checked, modules: tuple[PlannedModule, ...], runtime: Ru
     for rank in range(layout.size):
         tp_rank = layout.at(rank)["tp"]
         share = held[tp_rank]
-        sizes = rank_weights(modules, tp_rank, runtime.dtype)
+        sizes = held_at_once(modules, tp_rank, runtime.dtype, runtime.offload)
         cache = runtime.cache_pages * page_bytes(decoder, share, runtime.cache_dtype) if decoder else 0
         peak = sum(sizes) + max(sizes)
         ranks.append(

@@ -57,11 +57,45 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Verify:
-    """Logits against a reference file or another recipe."""
+class Drawing:
+    """What a diffusion pipeline draws, and how. null: the pipeline's default."""
+
+    prompts: tuple[str, ...] = field(default=(), metadata={"examples": [["a cat on a roof"]]})
+    """What to draw."""
+    prompt_file: str | None = field(default=None, metadata={"path": True})
+    """A .txt file of prompts, one a line."""
+    labels: tuple[int, ...] = field(default=(), metadata={"minimum": 0})
+    """Classes to draw, for class-conditional models."""
+    image: str | None = field(default=None, metadata={"path": True})
+    """The picture that a video begins with, for image-to-video models."""
+    negative_prompt: str | None = None
+    """What not to draw."""
+    steps: int | None = field(default=None, metadata={"minimum": 1})
+    """Denoising steps."""
+    guidance: float | None = field(default=None, metadata={"minimum": 0})
+    """Guidance scale."""
+    guidance_2: float | None = field(default=None, metadata={"minimum": 0})
+    """Guidance scale of the second expert; null: the first one's."""
+    true_guidance: float | None = field(default=None, metadata={"minimum": 0})
+    """Flux: guidance by a second prediction, for a negative prompt."""
+    height: int | None = field(default=None, metadata={"minimum": 1})
+    """Pixels."""
+    width: int | None = field(default=None, metadata={"minimum": 1})
+    """Pixels."""
+    frames: int | None = field(default=None, metadata={"minimum": 1})
+    """Frames of a video."""
+    scheduler: Literal["auto", "unipc", "flow_match_euler", "ddim"] = "auto"
+    """The sampler; auto: the one that the pipeline ships."""
+    flow_shift: float | None = field(default=None, metadata={"above": 0})
+    """How far the steps of a flow sampler lean to the noisy end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verify(Drawing):
+    """Logits, or latents and pictures, against a reference file or another recipe."""
 
     reference: str | None = field(default=None, metadata={"path": True})
-    """A .npz or .safetensors file of token ids and logits."""
+    """A .npz or .safetensors file: token ids and logits, or final latents and pictures with their settings."""
     logits_key: str | None = None
     """Which logits of the file, where it holds several."""
     against: str | None = field(default=None, metadata={"recipe": True})
@@ -69,7 +103,9 @@ class Verify:
     metric: Literal["max_abs", "rel_l2"] = "max_abs"
     """The distance that is held against the tolerance."""
     tolerance: float | None = field(default=None, metadata={"minimum": 0})
-    """Largest distance; null: 1e-3 (float32) or 5e-2 (else) of the largest absolute reference logit."""
+    """Largest distance; null: 1e-3 (float32) or 5e-2 (else) of the reference's largest absolute logit or latent."""
+    frames_tolerance: float = field(default=1 / 255, metadata={"minimum": 0})
+    """Largest distance of a value of a picture, of 0 to 1."""
     min_top1: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
     """Smallest share of positions with the same likeliest token."""
     per_module: bool = False
@@ -93,29 +129,9 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
-class Render:
+class Render(Drawing):
     """Prompts or labels to pictures or video, and results.jsonl."""
 
-    prompts: tuple[str, ...] = field(default=(), metadata={"examples": [["a cat on a roof"]]})
-    """What to draw."""
-    prompt_file: str | None = field(default=None, metadata={"path": True})
-    """A .txt file of prompts, one a line."""
-    labels: tuple[int, ...] = field(default=(), metadata={"minimum": 0})
-    """Classes to draw, for class-conditional models."""
-    negative_prompt: str | None = None
-    """What not to draw."""
-    steps: int = field(default=20, metadata={"minimum": 1})
-    """Denoising steps."""
-    guidance: float | None = field(default=None, metadata={"minimum": 0})
-    """Guidance scale; null: the pipeline's default."""
-    guidance_2: float | None = field(default=None, metadata={"minimum": 0})
-    """Guidance scale of the second expert; null: the first one's."""
-    height: int | None = field(default=None, metadata={"minimum": 1})
-    """Pixels; null: the pipeline's default."""
-    width: int | None = field(default=None, metadata={"minimum": 1})
-    """Pixels; null: the pipeline's default."""
-    frames: int | None = field(default=None, metadata={"minimum": 1})
-    """Frames of a video; null: the pipeline's default."""
     fps: int = field(default=16, metadata={"minimum": 1})
     """Frames a second of a video."""
     num_outputs: int = field(default=1, metadata={"minimum": 1})

@@ -99,8 +99,11 @@ def _typed(kind: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:  # noqa: A
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the string below each field of a dataclass."""
-    return _module_docs(cls.__module__)[cls.__name__]
+    """Return the string below each field of a dataclass, inherited ones included."""
+    found: dict[str, str] = {}
+    for one in reversed(cls.__mro__[:-1]):
+        found |= _module_docs(one.__module__)[one.__name__]
+    return found
 
 
 @cache

@@ -177,6 +177,12 @@ class Runtime:
     """Sequences that run at once."""
     seed: int = field(default=0, metadata={"minimum": 0})
     """Of the sampler."""
+    offload: Literal["none", "experts"] = "none"
+    """Diffusion: experts holds one transformer of a pipeline at a time and reads the other when its turn comes."""
+    vae_tiling: bool = False
+    """Diffusion: decode pictures in tiles; less memory, seams are blended, so results differ a little."""
+    vae_slicing: bool = False
+    """Diffusion: decode pictures of a batch one by one; less memory, same results."""
     memory_fraction: float = field(default=0.9, metadata={"above": 0, "maximum": 1})
     """Share of a device's memory that a plan may use."""
 

@@ -1,37 +1,50 @@
-"""Pictures and videos as files."""
+"""Pictures and videos as files, each with its story inside: how it was drawn, as JSON."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from framework.recipe.secrets import mask_secrets
+
 ROW = 10  # pictures of a grid, side by side
+KEY = "npu-launch"  # of the text chunk of a PNG; an MP4 has it as its comment
+NO_ENCODER = "imageio-ffmpeg is not installed: frames are written as PNG files (pip install 'npu-launch[video]')"
 
 
-def save_pictures(frames: Any, stem: Path) -> list[Path]:  # noqa: ANN401
-    """Write uint8 [F, H, W, 3] as PNG files (`stem.png`, or `stem-000.png`, ...)."""
+def save_pictures(frames: Any, stem: Path, story: Mapping[str, Any]) -> list[Path]:  # noqa: ANN401
+    """Write uint8 [F, H, W, 3] as PNG files (`stem.png`, or `stem-000.png`, ...), the story in a text chunk."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
+    chunks = PngInfo()
+    chunks.add_itxt(KEY, _text(story))
     paths = [stem.with_suffix(".png")] if len(frames) == 1 else [
         stem.with_name(f"{stem.name}-{i:03d}.png") for i in range(len(frames))
     ]  # fmt: skip
     for frame, path in zip(frames, paths, strict=True):
-        Image.fromarray(frame).save(path)
+        Image.fromarray(frame).save(path, pnginfo=chunks)
     return paths
 
 
-def save_video(frames: Any, stem: Path, fps: int) -> list[Path]:  # noqa: ANN401
-    """Write a video as MP4 where imageio-ffmpeg is installed, else its frames as PNG files."""
-    if importlib.util.find_spec("imageio_ffmpeg") is None or importlib.util.find_spec("imageio") is None:
-        return save_pictures(frames, stem)
-    import imageio
+def save_video(frames: Any, stem: Path, fps: int, story: Mapping[str, Any]) -> tuple[list[Path], str]:  # noqa: ANN401
+    """Write a video [F, H, W, 3] as MP4, the story as its comment; without an encoder its frames, and say so."""
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        return save_pictures(frames, stem, story), NO_ENCODER
+    from imageio_ffmpeg import write_frames
 
     path = stem.with_suffix(".mp4")
-    with imageio.get_writer(path, fps=fps, macro_block_size=1) as writer:
-        for frame in frames:
-            writer.append_data(frame)
-    return [path]
+    _, height, width, _ = frames.shape
+    comment = ["-metadata", f"comment={_text(story)}"]
+    writer = write_frames(str(path), (width, height), fps=fps, quality=8, macro_block_size=2, output_params=comment)
+    writer.send(None)
+    for frame in frames:
+        writer.send(frame.tobytes())
+    writer.close()
+    return [path], ""
 
 
 def save_grid(pictures: list[Any], path: Path) -> None:
@@ -44,3 +57,7 @@ def save_grid(pictures: list[Any], path: Path) -> None:
     for i, picture in enumerate(pictures):
         grid.paste(Image.fromarray(picture), (width * (i % ROW), height * (i // ROW)))
     grid.save(path)
+
+
+def _text(story: Mapping[str, Any]) -> str:
+    return mask_secrets(json.dumps(story, ensure_ascii=False))

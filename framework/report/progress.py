@@ -44,6 +44,21 @@ def transfer_progress() -> Iterator[Report]:
 
 
 @contextmanager
+def step_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback of (steps done, steps in all) that draws them with the time that is left."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
 def waiting(text: str) -> Iterator[Callable[[str], None]]:
     """Show what is being waited for, with a spinner, while the block runs."""
     if not sys.stderr.isatty():

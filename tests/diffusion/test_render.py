@@ -8,7 +8,8 @@ import pytest
 
 from framework.errors import InputError
 from framework.jobs.common import open_checked
-from framework.jobs.render import LOADER, outputs
+from framework.jobs.drawing import LOADER
+from framework.jobs.render import outputs
 from framework.planning.make import make_plan
 from framework.recipe.compose import compose, recipes_dir
 
@@ -31,7 +32,7 @@ def pictures(session, *overrides):
     }
 
     session.load(plan, loader=LOADER)
-    return list(session.stream("render", settings, int(given["seed"])))[-1]["frames"].astype(float) / 255
+    return list(session.stream("render", [(settings, int(given["seed"]))]))[-1]["frames"].astype(float) / 255
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from framework.jobs.common import open_checked
-from framework.jobs.render import LOADER
+from framework.jobs.drawing import LOADER
 from framework.planning.make import make_plan
 from framework.recipe.compose import compose
 from tests.diffusion.made import WAN, wan_pipeline
@@ -54,7 +54,7 @@ def test_every_layout_draws_the_reference(warm_session, pipeline, settings, draw
     given = [f'model.path="{pipeline}"', "model.kind=diffusion", "job=plan", "runtime.dtype=float32", *sizes]
     plan = make_plan(open_checked(compose(["recipe=llm/local", *given])), "cpu")
     warm_session.load(plan, loader=LOADER)
-    made = list(warm_session.stream("render", settings, 42))[-1]
+    made = list(warm_session.stream("render", [(settings, 42)]))[-1]
     # tolerances of the golden files' README, half a step of 8 bits
     assert np.abs(made["latents"] - np.load(WAN / "reference.npz")["final_latents"]).max() <= 1e-3
     assert np.abs(made["frames"] / 255 - drawn).max() <= 2e-3 + 0.5 / 255

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,10 +75,7 @@ def test_a_job_that_cannot_begin_says_which_option_would_help(case, launch):
     assert word in said and "Traceback" not in said
 
 
-def test_a_setting_that_the_pipeline_does_not_take_is_named(launch, monkeypatch):
-    said_of_rank = {"bytes_held": [0], "takes": ["class_labels", "guidance_scale", "num_inference_steps"]}
-    session = SimpleNamespace(call=lambda what: [said_of_rank[what]])
-    monkeypatch.setattr("framework.jobs.render.started", lambda *args, **options: nullcontext((session, 0.0)))
+def test_a_setting_that_the_pipeline_does_not_take_is_named(launch):
     status, said = launch(["recipe=diffusion/digits", "job.labels=[]", "job.prompts=[x]", "run.dir=run"])
     assert (status, "error[setting-unknown]" in said, "Traceback" in said) == (2, True, False), said
     assert "takes no prompts" in said and "labels" in said

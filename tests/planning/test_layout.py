@@ -62,6 +62,18 @@ def test_axes_that_a_pipeline_cannot_fill_are_refused(given, code, said, fix):
     assert problem.code == code and said in problem.what and fix in problem.fix
 
 
+def test_offload_needs_experts_and_a_plan_with_it_holds_the_larger_one():
+    (problem,) = open_checked(compose(["recipe=diffusion/digits", "runtime.offload=experts"])).problems
+    assert problem.code == "runtime-unused" and problem.fix == "runtime.offload=none"
+
+    def weights(*overrides):
+        plan = make_plan(open_checked(compose([*WAN, "job=plan", *overrides]), headers_only=True), "npu")
+        assert Plan.from_json(plan.to_json()) == plan
+        return plan.ranks[0].weights_bytes
+
+    assert weights("runtime.offload=experts") == weights() / 2  # both experts are alike
+
+
 def test_guidance_that_is_not_named_is_the_pipelines_own():
     assert open_checked(compose([*WAN, "parallel.cfg_size=2"]), headers_only=True).ok
 
