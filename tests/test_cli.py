@@ -92,6 +92,18 @@ def test_a_user_error_is_a_message_without_traceback(job, capsys, error, status)
     assert captured.err == ("error[a-code]  what\n  where  where\n  why    why\n  fix    fix\n\nerror[b-code]  again\n")
 
 
+def test_ways_out_that_do_not_fit_on_a_line_stand_below_each_other(job, capsys):
+    ways = [f"parallel.tp_size={'1' * length}" for length in (40, 60)]
+
+    def run(recipe):
+        raise Refused(Problem("a-code", "what", fix="   or   ".join(ways)), Problem("b-code", "what", fix="a   or   b"))
+
+    job(run)
+    cli.main(["recipe=quickstart", "job=schema"])
+    below = f"  fix    {ways[0]}\n         or  {ways[1]}\n"
+    assert capsys.readouterr().err == f"error[a-code]  what\n{below}\nerror[b-code]  what\n  fix    a   or   b\n"
+
+
 def test_a_bug_keeps_its_traceback_and_exits_70(job, capsys):
     def run(recipe):
         raise ZeroDivisionError("https://me:secret99@host")

@@ -216,10 +216,14 @@ def _field(key: str, jobs: list[str]) -> tuple[Any, Any] | None:
 def _check_key(line: _Line, i: int, override: Override, mismatches: list[tuple[int, Mismatch]]) -> None:
     key = override.key_or_group
     found = _field(key, line.jobs)
+    if found is None and (owners := _owners(key)):
+        named = next((n for n, o in line.parsed.items() if o.key_or_group == "job"), None)
+        if named is not None:
+            line.corrected[named] = f"job={owners[0]}"
+        mismatches.append((i, Mismatch(key, "unknown-key", key, "", f"job={owners[0]}")))
+        return
     if found is None:
-        near = _nearest_key(key, line.jobs)
-        if _inside_list(key):
-            near = None
+        near = None if _inside_list(key) else _nearest_key(key, line.jobs)
         line.corrected[i] = line.given[i].lstrip("+").replace(key, near, 1) if near else None
         mismatches.append((i, Mismatch(key, "unknown-key", key, _siblings(key, line.jobs), near or "")))
         return
@@ -297,14 +301,18 @@ def _inside_list(key: str) -> bool:
 
 
 def _hint(mismatch: Mismatch) -> str:
-    owners = [job for job in JOBS if _field(mismatch.key, [job]) and mismatch.key.startswith("job.")]
-    if owners:
+    if owners := _owners(mismatch.key):
         return f"is an option of job {', '.join(owners)}"
     if _inside_list(mismatch.key):
         return "items of a list have no keys of their own: give the list whole"
     if mismatch.instead:
         return f"did you mean {mismatch.instead}?"
     return f"known keys: {mismatch.expected}" if mismatch.expected else "nothing is called like it"
+
+
+def _owners(key: str) -> list[str]:
+    """The jobs that have an option."""
+    return [job for job in JOBS if key.startswith("job.") and _field(key, [job])]
 
 
 def _fix(line: _Line, mismatches: list[tuple[int, Mismatch]]) -> str:

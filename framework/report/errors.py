@@ -28,10 +28,18 @@ def _one(problem: Problem, *, colour: bool) -> str:
         ("fix", problem.fix, False),
     ):
         if text:
-            parts = [p for line in mask_secrets(text).splitlines() for p in (_wrap(line, 91) if wraps else [line])]
+            parts = [p for line in mask_secrets(text).splitlines() for p in (_wrap(line, 91) if wraps else _ways(line))]
             lines.append(f"  {name:<5}  {parts[0]}")
             lines += [_INDENT + part for part in parts[1:]]
     return "\n".join(lines) + "\n"
+
+
+def _ways(text: str) -> list[str]:
+    """Ways out that do not fit on one line, each on its own."""
+    if len(text) <= COLUMNS - len(_INDENT):
+        return [text]
+    first, *others = text.split("   or   ")
+    return [first, *(f"or  {other}" for other in others)]
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -195,3 +195,9 @@ def test_a_word_without_equals_sign_is_taken_for_a_recipe_that_was_meant():
     with pytest.raises(InputError) as error:
         prepare(["quickstart"])
     assert error.value.problems[0].fix == "did you mean recipe=quickstart?"
+
+
+def test_an_option_of_another_job_proposes_that_job():
+    assert corrected("job.labels=[3]", "job=generate") == ["recipe=quickstart", "job.labels=[3]", "job=render"]
+    (problem,) = problems_of("job.labels=[3]")
+    assert problem.fix == "write job=render" and "option of job render" in problem.why
