@@ -21,6 +21,8 @@ from framework.serving.replicas import Call, Lost, Pool
 
 BODY_S = 30.0  # for a request's body to arrive
 WRITE_S = 60.0  # for a client to take what was written
+TARGET_BYTES = 8 << 10  # path and query of a request
+HEADER_BYTES = 8 << 10  # names and values of a request's headers
 OPEN = ("/health", "/ready")  # asked by load balancers, which have no key
 _LOG = logging.getLogger(__name__)
 
@@ -54,11 +56,15 @@ def _errors(metrics: Metrics) -> Callable[..., Awaitable[web.StreamResponse]]:
     async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
         """Say every refusal in OpenAI's form, and count responses."""
         try:
+            _bounded(request)
             response = await handler(request)
         except ApiError as error:
             response = _refused(error)
+        except web.RequestPayloadError as error:
+            why = getattr(error.__cause__, "message", str(error))
+            response = _refused(ApiError(400, f"the body cannot be read: {why}", "invalid_body"))
         except web.HTTPException as error:
-            message = f"{error.reason}: {request.method} {request.path}"
+            message = f"{error.reason}: {request.method} {request.path[:80]}"
             response = _refused(ApiError(error.status, message, "http_error"))
             response.headers.extend({k: v for k, v in error.headers.items() if k == "Allow"})
         except Exception:  # noqa: BLE001 -- the one place where a bug ends; it is logged and counted
@@ -69,6 +75,14 @@ def _errors(metrics: Metrics) -> Callable[..., Awaitable[web.StreamResponse]]:
         return response
 
     return handle
+
+
+def _bounded(request: web.Request) -> None:
+    target, headers = len(request.raw_path), sum(len(name) + len(value) for name, value in request.raw_headers)
+    if target > TARGET_BYTES:
+        raise ApiError(414, f"the address has {target} bytes, {TARGET_BYTES} are taken", "address_too_long")
+    if headers > HEADER_BYTES:
+        raise ApiError(431, f"the headers have {headers} bytes, {HEADER_BYTES} are taken", "headers_too_large")
 
 
 def _authorized(keys: Sequence[bytes]) -> Callable[..., Awaitable[web.StreamResponse]]:
@@ -175,10 +189,10 @@ class _Endpoint:
 
 
 class ReplicaLost(ApiError):
-    """The replica died that worked on the request."""
+    """The replica died that worked on the request, or was ended."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(503, f"the model's replica was lost: {why}", "replica_lost", retry_after_s=5)
+        super().__init__(503, why, "replica_lost", retry_after_s=5)
 
 
 async def _events(call: Call) -> list[TokenEvent | Finished]:
@@ -214,9 +228,15 @@ async def _body(request: web.Request) -> bytes:
     if request.content_type != "application/json":
         # also keeps out forms of foreign web pages, which may be sent to the loopback interface without asking
         raise ApiError(415, "the body has to be of Content-Type: application/json", "invalid_content_type")
+    most = request.client_max_size
+    too_large = ApiError(413, f"the body has more than {most} bytes, which job.max_body_mib allows", "body_too_large")
+    if (request.content_length or 0) > most:
+        raise too_large  # before anything of it is read
     try:
         async with asyncio.timeout(BODY_S):
             return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise too_large from error
     except TimeoutError as error:
         raise ApiError(408, f"the body did not arrive within {BODY_S:g} s", "timeout") from error
 

@@ -43,7 +43,7 @@ class Session(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The end of all requests on a replica that died."""
+    """The end of a request on a replica that died, or whose server ends."""
 
     why: str
 
@@ -125,6 +125,12 @@ class Replica:
             self._metrics.cancelled.inc(len(left))
             self.session.tell("post", Orders(cancelled=left))
 
+    def abandon(self, why: str) -> None:
+        """End all requests without an answer."""
+        calls, self._open = set(self._open.values()), {}
+        for call in calls:
+            call.events.put_nowait(Lost(why))
+
     def close(self, wait_s: float) -> None:
         """End the engine's run, and wait for that."""
         self._closing.set()
@@ -169,9 +175,7 @@ class Replica:
         self._metrics.ready(self.number, self._limits.pages, ready=False)
         self._metrics.restarts.labels(self.number).inc()
         self.gone = error if hopeless else None
-        calls, self._open = set(self._open.values()), {}
-        for call in calls:
-            call.events.put_nowait(Lost(_why(error)))
+        self.abandon(f"the model's replica was lost: {_why(error)}")
 
     def _take(self, events: list[Event]) -> None:
         for event in events:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from framework.serving.replicas import Pool
 
 END_S = 5.0  # for engines to end their step, and for connections to close
 LOOK_S = 0.05  # between looks at the replicas
+KEEP_S = 75.0  # an idle connection, a little longer than proxies keep theirs
+# beyond this aiohttp itself says 400, in plain text; below it the application says what is too long
+PARSED_BYTES = 64 << 10
+_CLIENTS_FAULT = (HttpProcessingError, web.RequestPayloadError, ConnectionError)
 
 
 def serve(
@@ -51,7 +57,16 @@ async def _serve(
     with _told_to_end() as told:
         for replica in pool.replicas:
             replica.start()
-        runner = web.AppRunner(make_app(), handler_cancellation=True, access_log=None, shutdown_timeout=END_S)
+        runner = web.AppRunner(
+            make_app(),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=END_S,
+            keepalive_timeout=KEEP_S,
+            max_line_size=PARSED_BYTES,
+            max_field_size=PARSED_BYTES,
+            logger=_quiet_logger(),
+        )
         try:
             await _until(pool, told, lambda: all(replica.ready for replica in pool.replicas), spare=0)
             if told.is_set():
@@ -65,7 +80,10 @@ async def _serve(
             with suppress(TimeoutError):
                 async with asyncio.timeout(drain_s):
                     await _until(pool, told, lambda: not pool.busy, spare=len(pool.replicas))
-            return not pool.busy
+            complete = not pool.busy
+            for replica in pool.replicas:
+                replica.abandon("the server was told to end")
+            return complete
         finally:
             await runner.cleanup()
             await asyncio.gather(*(asyncio.to_thread(replica.close, END_S) for replica in pool.replicas))
@@ -78,6 +96,13 @@ async def _until(pool: Pool, told: asyncio.Event, done: Callable[[], bool], *, s
         if len(gone) > spare:
             raise gone[-1]
         await asyncio.sleep(LOOK_S)
+
+
+def _quiet_logger() -> logging.Logger:
+    """Return a logger for aiohttp's server without tracebacks of what clients send."""
+    logger = logging.getLogger("aiohttp.server")
+    logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], _CLIENTS_FAULT)))
+    return logger
 
 
 @contextmanager

@@ -68,20 +68,23 @@ class Server:
 
     def ranks(self):
         """Pids of the ranks."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                ours = entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes()
-                if ours and (entry / "cmdline").read_bytes().startswith(b"ray::Rank"):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return sorted(found)
+        return sorted(pid for pid, line in self.left().items() if line.startswith(b"ray::Rank"))
 
     def interrupt(self, timeout=60):
-        """Ctrl-C; return the exit status."""
+        """Ctrl-C, as a terminal sends it to all processes; return the exit status."""
         os.killpg(self.process.pid, signal.SIGINT)
         return self.process.wait(timeout)
+
+    def left(self):
+        """Live processes of it: command lines by pid."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+        return found
 
     def end(self):
         """End it, if it still runs, whatever it does."""
@@ -96,8 +99,8 @@ class Server:
 
 
 @contextmanager
-def serving(*overrides, model=TINY, recipe="llm/local"):
-    """Run the command until the block ends."""
+def serving(*overrides, model=TINY, recipe="llm/local", ready=True):
+    """Run the command until the block ends; begin it when the server is ready, or at once."""
     mark = uuid.uuid4().hex
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {MARK: mark}
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
@@ -109,6 +112,6 @@ def serving(*overrides, model=TINY, recipe="llm/local"):
         )  # fmt: skip
         server = Server(process, mark)
         try:
-            yield server.wait_ready()
+            yield server.wait_ready() if ready else server
         finally:
             server.end()
