@@ -93,10 +93,12 @@ def test_a_user_error_is_a_message_without_traceback(job, capsys, error, status)
 
 
 def test_ways_out_that_do_not_fit_on_a_line_stand_below_each_other(job, capsys):
-    ways = [f"parallel.tp_size={'1' * length}" for length in (40, 60)]
+    ways = [f"parallel.tp_size={'1' * length}" for length in (40, 61)]
 
     def run(recipe):
-        raise Refused(Problem("a-code", "what", fix="   or   ".join(ways)), Problem("b-code", "what", fix="a   or   b"))
+        raise Refused(
+            [Problem("a-code", "what", fix="   or   ".join(ways)), Problem("b-code", "what", fix="a   or   b")]
+        )
 
     job(run)
     cli.main(["recipe=quickstart", "job=schema"])
