@@ -7,9 +7,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from framework.ops.linear import has_native_bfloat16
+from framework.ops.linear import has_native_bfloat16, linear, of_few_heights
 
 _int4_matmul = torch._weight_int4pack_mm_for_cpu
 
@@ -108,7 +107,7 @@ def _pack_rows(nibbles: Tensor, out: Tensor) -> None:
 def multiply(x: Tensor, form: CpuWeight) -> Tensor:
     """X [M, K] -> [M, N] in x's dtype, accumulated in fp32."""
     if form.scale_and_zero is None:
-        return functional.linear(x, form.codes)
+        return linear(x, form.codes)
     if x.shape[0] >= _DEQUANTIZE_FROM_ROWS and _in_whole_blocks(form):
         return _multiply_dequantized(x, form)
     if form.kind == "int8":
@@ -145,14 +144,14 @@ def _multiply_dequantized(x: Tensor, form: CpuWeight) -> Tensor:
     rows, k = x.shape
     n = form.codes.shape[0]
     dtype = torch.bfloat16 if has_native_bfloat16() else torch.float32
-    wide = x.to(dtype)
+    wide = of_few_heights(x.to(dtype)) if dtype is torch.bfloat16 else x.to(dtype)
     block = block_rows() or n
     step = max(_CHUNK_DEQUANTIZED // k // block, 1) * block
     y = x.new_empty((rows, n))
     for first in range(0, n, step):
         last = min(first + step, n)
         weight = dequantized(form, first, last).to(dtype).transpose(0, 1).reshape(k, last - first)
-        y[:, first:last] = torch.mm(wide, weight)
+        y[:, first:last] = torch.mm(wide, weight)[:rows]
     return y
 
 
