@@ -192,7 +192,8 @@ def place(cluster: Cluster, options: ClusterOptions, ranks: int, device: str) ->
     from ray.util.placement_group import placement_group, remove_placement_group
 
     wanted = bundle(options, device)
-    group = placement_group([wanted] * ranks, strategy=options.strategy, name=f"{GROUP_NAME}-{os.getpid()}")
+    name = f"{GROUP_NAME}-{os.getpid()}-{secrets.token_hex(4)}"  # Ray wants another one for each replica
+    group = placement_group([wanted] * ranks, strategy=options.strategy, name=name)
     try:
         placed = group.wait(options.placement_timeout_s)
         if not placed:

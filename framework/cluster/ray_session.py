@@ -306,8 +306,6 @@ def _maker(
     from ray.util import placement_group_table
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    nodes = placement_group_table(group)["bundles_to_node_id"]
     wanted = placement.bundle(options, device)
     # our own Ray was started with this environment already: its workers, started ahead, can be used
     environment = {"runtime_env": {"env_vars": placement.worker_environment(threads)}}
@@ -315,6 +313,9 @@ def _maker(
         environment = {}
 
     def make(rank: int) -> Any:  # noqa: ANN401
+        # anew each time: where a node was lost, Ray has moved its bundles
+        node = placement_group_table(group)["bundles_to_node_id"][rank]
+        address = next(each["NodeManagerAddress"] for each in ray.nodes() if each["NodeID"] == node)
         actor = ray.remote(concurrency_groups={ASIDE: 1})(Rank).options(
             num_cpus=wanted["CPU"],
             resources={name: amount for name, amount in wanted.items() if name != "CPU"},
@@ -322,7 +323,7 @@ def _maker(
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
             **environment,
         )
-        return actor.remote(rank, device, options, addresses[nodes[rank]], loader.partition(":")[0])
+        return actor.remote(rank, device, options, address, loader.partition(":")[0])
 
     return make
 

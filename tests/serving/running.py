@@ -99,10 +99,10 @@ class Server:
 
 
 @contextmanager
-def serving(*overrides, model=TINY, recipe="llm/local", ready=True):
+def serving(*overrides, model=TINY, recipe="llm/local", ready=True, environment=()):
     """Run the command until the block ends; begin it when the server is ready, or at once."""
-    mark = uuid.uuid4().hex
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {MARK: mark}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = inherited | {MARK: uuid.uuid4().hex} | dict(environment)
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
         environment["TMPDIR"] = folder
         given = [f"recipe={recipe}", "job=serve", "job.port=0", f"run.dir={folder}/run", *overrides]
@@ -110,7 +110,7 @@ def serving(*overrides, model=TINY, recipe="llm/local", ready=True):
             [sys.executable, str(ROOT / "launch.py"), *([f"model.path={model}"] if model else []), *given],
             stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
-        server = Server(process, mark)
+        server = Server(process, environment[MARK])
         try:
             yield server.wait_ready() if ready else server
         finally:
