@@ -6,6 +6,7 @@ module imports no torch, so that the driver can name the class.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import platform
@@ -141,6 +142,8 @@ class Rank:
         self._model = getattr(importlib.import_module(module), function)(plan, self._group, progress)
         if tokenizer_json is not None:
             self._model.set_tokenizer(tokenizer_json)
+        gc.collect()
+        gc.freeze()  # what lives as long as the model is not looked through again while it runs
 
     def load_streaming(
         self,
@@ -207,6 +210,7 @@ class Rank:
     def unload(self) -> None:
         """Drop the loaded model; the rank stays in its group."""
         self._model = None
+        gc.unfreeze()
 
 
 def _import_quietly(module: str) -> None:

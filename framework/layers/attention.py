@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from framework import ops
 from framework.layers.linear import ParallelLinear
 from framework.layers.norm import RMSNorm
-from framework.layers.submodules import find_submodules_directly
+from framework.layers.submodules import LeanModule, find_submodules_directly
 
 PAGE_TOKENS = 128
 WHOLE = 2147483647
@@ -37,7 +37,7 @@ class Step:
     rotary_local: tuple[Tensor, Tensor]
 
 
-class Attention(nn.Module):
+class Attention(LeanModule):
     """q, k, v, optional head norms, rotary, cache write, attention, output projection."""
 
     def __init__(
@@ -69,14 +69,15 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).view(1, tokens, -1, self.head_dim)
         cos, sin = step.rotary_local if self.local_rotary else step.rotary
         if self.q_norm is None or self.k_norm is None:
-            rotated = ops.npu_rotary_mul(qkv.narrow(2, 0, heads + kv_heads), cos, sin).squeeze(0)
-            q, k = rotated.narrow(1, 0, heads).contiguous(), rotated.narrow(1, heads, kv_heads).contiguous()
+            qk, v = qkv.split_with_sizes([heads + kv_heads, kv_heads], 2)
+            q, k = ops.npu_rotary_mul(qk, cos, sin).squeeze(0).split_with_sizes([heads, kv_heads], 1)
+            q = q.contiguous()
         else:
-            q = ops.npu_rotary_mul(self.q_norm(qkv.narrow(2, 0, heads)), cos, sin).squeeze(0)
-            k = ops.npu_rotary_mul(self.k_norm(qkv.narrow(2, heads, kv_heads)), cos, sin).squeeze(0)
-        v = qkv.squeeze(0).narrow(1, heads + kv_heads, kv_heads).contiguous()
+            q, k, v = qkv.split_with_sizes([heads, kv_heads, kv_heads], 2)
+            q = ops.npu_rotary_mul(self.q_norm(q), cos, sin).squeeze(0)
+            k = ops.npu_rotary_mul(self.k_norm(k), cos, sin).squeeze(0)
         keys, values = cache
-        ops._npu_reshape_and_cache(k, v, keys, values, step.slots)
+        ops._npu_reshape_and_cache(k.contiguous(), v.squeeze(0).contiguous(), keys, values, step.slots)
         attended = self._attend(q, keys, values, step)
         return self.o_proj(attended.reshape(tokens, self.q_size))
 

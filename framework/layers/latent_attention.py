@@ -7,17 +7,17 @@ one KV head, and its outputs are projected to the heads' values.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from framework import ops
 from framework.families.base import Mla
 from framework.layers.attention import CAUSAL, PAGE_TOKENS, WHOLE, Step
 from framework.layers.linear import ParallelLinear
 from framework.layers.norm import RMSNorm
-from framework.layers.submodules import find_submodules_directly
+from framework.layers.submodules import LeanModule, find_submodules_directly
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(LeanModule):
     """Queries (from a latent of their own or straight), the latent of keys and values, attention, output projection.
 
     `up` [heads * (nope + v), kv_rank]: this rank's rows of kv_b_proj.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from framework import ops
 from framework.layers.linear import ParallelLinear
-from framework.layers.submodules import find_submodules_directly
+from framework.layers.submodules import LeanModule, find_submodules_directly
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(LeanModule):
     """down(act(gate(x)) * up(x)); act is silu or gelu_tanh."""
 
     def __init__(self, gate_up: ParallelLinear, down: ParallelLinear, activation: str) -> None:

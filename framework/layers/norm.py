@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from framework import ops
+from framework.layers.submodules import LeanModule
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(LeanModule):
     """x / rms(x) * w, or * (1 + w) where the model stores weights minus one (Gemma); + b where a file shifts it."""
 
     def __init__(self, weight: Tensor, eps: float, *, plus_one: bool = False, bias: Tensor | None = None) -> None:

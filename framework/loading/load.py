@@ -36,12 +36,13 @@ def load(plan: Plan, group: Group, progress: Progress) -> LoadedModel:
         weights = RankWeights(plan, index, reader, decoder(plan.format), group, device, progress)
         model = Decoder(plan.spec, share, weights, group, plan.runtime.context).eval()
     mla, head_dim = plan.spec.mla, plan.spec.head_dim
-    cache = KVCache(
-        plan.spec.layers,
-        plan.runtime.cache_pages,
-        1 if mla else share.kv1 - share.kv0,
-        (mla.kv_rank, mla.rope_dim) if mla else (head_dim, head_dim),
-        getattr(torch, plan.runtime.cache_dtype),
-        device,
-    )
+    with torch.inference_mode():  # else every view of it in a step carries autograd's data
+        cache = KVCache(
+            plan.spec.layers,
+            plan.runtime.cache_pages,
+            1 if mla else share.kv1 - share.kv0,
+            (mla.kv_rank, mla.rope_dim) if mla else (head_dim, head_dim),
+            getattr(torch, plan.runtime.cache_dtype),
+            device,
+        )
     return LoadedModel(plan, model, cache, group, weights.prepared_bytes)

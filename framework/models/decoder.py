@@ -18,7 +18,7 @@ from framework.layers.linear import ParallelLinear
 from framework.layers.mlp import GatedMLP
 from framework.layers.norm import RMSNorm
 from framework.layers.rotary import RotaryTable
-from framework.layers.submodules import find_submodules_directly
+from framework.layers.submodules import LeanModule, find_submodules_directly
 
 
 class Weights(Protocol):
@@ -73,7 +73,7 @@ class StepInput(Protocol):
     is_decode: bool
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(LeanModule):
     """Attention and MLP with their norms; the residual is carried beside the activations."""
 
     def __init__(self, spec: DecoderSpec, i: int, share: HeadShare, weights: Weights) -> None:

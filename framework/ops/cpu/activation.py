@@ -9,7 +9,7 @@ from torch.nn import functional
 from framework.ops.cpu.cast import narrow
 
 _FLOAT32 = torch.float32
-_silu = functional.silu
+_silu, _silu_ = functional.silu, torch._C._nn.silu_
 
 
 def swiglu(input: Tensor, dim: int = -1) -> Tensor:
@@ -18,7 +18,7 @@ def swiglu(input: Tensor, dim: int = -1) -> Tensor:
         gate, up = input.chunk(2, dim)
         return _silu(gate).mul_(up)
     gate, up = input.float().chunk(2, dim)
-    return narrow(_silu(gate, True).mul_(up), input.dtype)
+    return narrow(_silu_(gate).mul_(up), input.dtype)
 
 
 def geglu(input: Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False) -> tuple[Tensor, Tensor]:

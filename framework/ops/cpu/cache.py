@@ -18,8 +18,8 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
     if slot_indices.numel() == 1:
         slot = slot_indices.item()
         if slot >= 0:
-            key_cache.view(-1, *key.shape[1:]).narrow(0, slot, 1).copy_(key)
-            value_cache.view(-1, *value.shape[1:]).narrow(0, slot, 1).copy_(value)
+            _write_row(key_cache, slot, key)
+            _write_row(value_cache, slot, value)
         return
     slots = slot_indices.long()
     kept = slots >= 0
@@ -27,3 +27,11 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
         slots, key, value = slots[kept], key[kept], value[kept]
     for rows, cache in ((key, key_cache), (value, value_cache)):
         cache.view(-1, *rows.shape[1:]).index_copy_(0, slots, rows.to(cache.dtype))
+
+
+def _write_row(cache: Tensor, slot: int, row: Tensor) -> None:
+    """Write [1, KV, D] to row `slot` of all blocks: one view, where narrowing a view takes two."""
+    _, _, heads, size = cache.shape
+    width = heads * size
+    offset = cache.storage_offset() + slot * width
+    cache.as_strided((1, heads, size), (width, size, 1), offset).copy_(row)

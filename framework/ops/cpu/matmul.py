@@ -67,7 +67,7 @@ def weight_quant_batchmatmul(
     """
     if quant_scale is not None or quant_offset is not None or weight_dtype is not None:
         raise NotImplementedError("npu_weight_quant_batchmatmul: quantized output and fp8/fp4 weights")
-    form = packed.private(weight)
+    form: packed.CpuWeight | None = getattr(weight, "_cpu_weight", None)
     if form is not None:
         y = packed.multiply(x, form)
         return y if bias is None else (y.float() + bias.float()).to(x.dtype)

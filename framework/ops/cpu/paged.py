@@ -64,22 +64,19 @@ def sequence_rows(caches: tuple[Tensor, ...], pages: list[int], length: int, sta
     block_size = caches[0].shape[1]
     first_page = start // block_size
     used = pages[first_page : -(-length // block_size)]
-    start -= first_page * block_size
-    length -= first_page * block_size
     first = used[0]
-    in_order = len(used) == 1 or used == list(range(first, first + len(used)))
-    index = None if in_order else torch.tensor(used)
-    return tuple(_rows(cache, first, index, start, length) for cache in caches)
+    rows, start = length - start, start - first_page * block_size
+    if len(used) > 1 and used != list(range(first, first + len(used))):
+        index = torch.tensor(used)
+        return tuple(_rows(cache.index_select(0, index), start, rows) for cache in caches)
+    if not all(cache.is_contiguous() for cache in caches):
+        return tuple(_rows(cache.narrow(0, first, len(used)).contiguous(), start, rows) for cache in caches)
+    start += first * block_size
+    return tuple([_rows(cache, start, rows) for cache in caches])
 
 
-def _rows(cache: Tensor, first: int, index: Tensor | None, start: int, length: int) -> Tensor:
-    if index is not None:
-        cache, first = cache.index_select(0, index), 0
-    elif not cache.is_contiguous():
-        pages = -(-length // cache.shape[1])
-        cache, first = cache.narrow(0, first, pages).contiguous(), 0
-    _, block_size, kv_heads, size = cache.shape
-    row = kv_heads * size
-    offset = cache.storage_offset() + (first * block_size + start) * row
-    rows = cache.as_strided((kv_heads, length - start, size), (size, row, 1), offset)
-    return rows if rows.dtype is _FLOAT32 else rows.float()
+def _rows(cache: Tensor, start: int, rows: int) -> Tensor:
+    _, _, kv_heads, size = cache.shape
+    width = kv_heads * size
+    view = cache.as_strided((kv_heads, rows, size), (size, width, 1), cache.storage_offset() + start * width)
+    return view if view.dtype is _FLOAT32 else view.float()

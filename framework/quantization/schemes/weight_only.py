@@ -73,8 +73,9 @@ def operands(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> O
 
 def linear(x: Tensor, weight: Operands) -> Tensor:
     """[T, K] -> [T, N]."""
+    x = entering(x, weight) if weight.inputs else x
     return ops.npu_weight_quant_batchmatmul(  # type: ignore[no-any-return]
-        entering(x, weight), weight.weight, weight.scale, weight.offset, antiquant_group_size=weight.group_size
+        x, weight.weight, weight.scale, weight.offset, antiquant_group_size=weight.group_size
     )
 
 
