@@ -78,6 +78,8 @@ def write(folder: Path, format_name: str) -> None:
                 # of GPTQ v1, symmetric: 8 less one
                 word = b"\x77" * 4 if format_name == "gptq" else b"\x78" * 4
                 writer.put(name, word * count)
+            elif name.endswith("g_idx"):
+                writer.put(name, (np.arange(count, dtype=np.int32) // 128).tobytes())
             elif name.endswith("weight_shape"):
                 stem = name.removesuffix("weight_shape")
                 packed = next(shape for key, _, shape in made.tensors if key == f"{stem}weight_packed")

@@ -143,7 +143,11 @@ def concat(parts: list[QuantTensor]) -> QuantTensor:
 
     def stack(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
+        if values[0] is None:
+            return None
+        if all(value.t().is_contiguous() for value in values):
+            return torch.cat([value.t() for value in values], 1).t()  # codes that stand as [K, N] stay so
+        return torch.cat(values)
 
     stacked = {name: stack(name) for name in ("codes", "scale", "zero", "minimum", "outer")}
     rows = {name: torch.cat([part.rows[name] for part in parts]) for name in first.rows}

@@ -84,13 +84,18 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> CpuWeight:
         high = torch.stack((scale * 16, torch.zeros_like(scale)), dim=-1)
         pairs = torch.cat((high, torch.stack((scale, zero + 8 * scale), dim=-1)))
     packed = torch.empty((n, k * bits // 8), dtype=torch.uint8)
+    form = CpuWeight(f"int{bits}", packed, k // scale.shape[0], pairs.bfloat16().contiguous())
+    block, features = block_rows(), codes.t()
+    if block is not None and n % block == 0 and features.is_contiguous():
+        _pack_features(features.view(torch.uint8), packed.view(n // block, -1, block // 2), bits)
+        return form
     # Blocks of rows are packed on their own: temporaries stay in the cache.
     step = max(_CHUNK_PACKED // k // _LARGEST_BLOCK, 1) * _LARGEST_BLOCK
     for first in range(0, n, step):
         part = codes[first : first + step].view(torch.uint8)
         nibbles = part + 8 if bits == 4 else torch.cat((part >> 4 ^ 8, part & 15), dim=1)
         _pack_rows(nibbles, packed[first : first + step])
-    return CpuWeight(f"int{bits}", packed, k // scale.shape[0], pairs.bfloat16().contiguous())
+    return form
 
 
 def _pack_rows(nibbles: Tensor, out: Tensor) -> None:
@@ -102,6 +107,20 @@ def _pack_rows(nibbles: Tensor, out: Tensor) -> None:
         return
     low, high = nibbles.view(-1, 2, block // 2, k).unbind(1)
     out.view(-1, k, block // 2).copy_(high.bitwise_left_shift_(4).bitwise_or_(low).transpose(1, 2))
+
+
+def _pack_features(features: Tensor, out: Tensor, bits: int) -> None:
+    """Fill int4pack bytes [blocks, K, block/2] (8 bits: 2 K) of signed codes uint8 [K, N]: nothing is transposed."""
+    k, n = features.shape
+    step = max(_CHUNK_PACKED // n, 1)
+    for first in range(0, k, step):
+        part = features[first : first + step]
+        rows = part.shape[0]
+        for nibbles, start in ((part + 8, 0),) if bits == 4 else ((part >> 4 ^ 8, 0), (part & 15, k)):
+            # sixteen codes move as one element: [half, blocks, rows, block/2]
+            halves = nibbles.view(_SIXTEEN_BYTES).view(rows, out.shape[0], 2, -1).permute(2, 1, 0, 3)
+            low, high = halves.contiguous().view(torch.uint8)
+            torch.bitwise_or(high.bitwise_left_shift_(4), low, out=out.narrow(1, start + first, rows))
 
 
 def multiply(x: Tensor, form: CpuWeight) -> Tensor:

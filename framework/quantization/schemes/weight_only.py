@@ -29,7 +29,9 @@ def signed(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     codes = weight.codes
     scale = weight.scale.float()
     half = 1 << (weight.bits - 1)
-    low, high = (int(end) for end in codes.aminmax())
+    # torch looks through a transposed view ten times as slowly
+    in_memory = codes.t() if codes.t().is_contiguous() else codes
+    low, high = (int(end) for end in in_memory.aminmax())
     shift = half if high >= half else 0
     if low - shift < -half or high - shift >= half:
         raise ValueError(f"codes do not fit {weight.bits} bits")
