@@ -42,13 +42,12 @@ def build_transformer(
     weights = RankWeights(replace(plan, modules=own), index, reader, decoder, group, device, progress)
     spec = plan.transformers[prefix]
     model = empty_model(spec, cast("Mapping[str, Any]", index.config))
-    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     for planned in own:
         name = planned.module.name
         if planned.module.kind is Kind.LINEAR and (planned.scheme != "float" or planned.split is not Split.REPLICATED):
             _put(model, name, FlatLinear(weights.linear(name), weights.dtype))
             continue
-        dtype = torch.float32 if any(part in name.split(".") for part in kept) else weights.dtype
+        dtype = torch.float32 if planned.fp32 else weights.dtype
         for suffix, values in _tensors(planned, weights).items():
             _assign(model, f"{name}.{suffix}" if suffix else name, values.to(device=device, dtype=dtype))
     _deal_heads(model, spec, own, group)

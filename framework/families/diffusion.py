@@ -230,6 +230,10 @@ class _Class:
     fixed: dict[str, tuple[Any, ...]]
 
 
+# Parts of modules' names whose values diffusers keeps in fp32 (a class's _keep_in_fp32_modules).
+KEPT_FP32 = {
+    "WanTransformer3DModel": ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
+}
 CLASSES = {
     "WanTransformer3DModel": _Class(
         _wan,

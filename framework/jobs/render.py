@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from framework.families.pipeline import describe_pipeline
 from framework.jobs import run_dir
 from framework.jobs.common import open_checked, options, resolve_device
 from framework.jobs.drawing import Output, arguments_of, drawers
+from framework.jobs.log import note
 from framework.planning.make import make_plan
 from framework.planning.plan import Plan
 from framework.planning.runnable import require_runnable
@@ -53,9 +53,9 @@ def run(recipe: Recipe) -> int:
     plan = make_plan(checked, resolve_device(recipe))
     run = run_dir.create(recipe, plan)
     device = f"{plan.runtime.device} {plan.runtime.dtype}"
-    _note("\n".join(heading("render", recipe.name, plan.tier, plan.tp_size, str(plan.layout), device)))
-    for note in notes:
-        _note(f"note      {note}")
+    note("\n".join(heading("render", recipe.name, plan.tier, plan.tp_size, str(plan.layout), device)))
+    for said in notes:
+        note(f"note      {said}")
     asked = [Output(one.arguments(shared), one.seed) for one in wanted]
     rows: list[list[str]] = []
     pictures: list[Any] = []
@@ -79,9 +79,9 @@ def run(recipe: Recipe) -> int:
     run.write_json(
         "metrics.json", {"load_s": load_s, "total_s": total_s, "outputs": len(wanted), "bytes_per_rank": held}
     )
-    _note("\n".join(columns([["output", "seed", "time", "file"], *rows], "rrrl", indent=0)))
-    _note(f"done      {len(wanted)} outputs, {total_s:.1f} s in all, {size(max(held))} of transformers a rank")
-    _note(f"results   {run.path}")
+    note("\n".join(columns([["output", "seed", "time", "file"], *rows], "rrrl", indent=0)))
+    note(f"done      {len(wanted)} outputs, {total_s:.1f} s in all, {size(max(held))} of transformers a rank")
+    note(f"results   {run.path}")
     return 0
 
 
@@ -122,9 +122,9 @@ def _story(recipe: Recipe, plan: Plan, output: Output, wanted: Wanted, seconds: 
 
 
 def _save(frames: Any, stem: Path, story: Mapping[str, Any], fps: int) -> list[str]:  # noqa: ANN401
-    files, note = save_video(frames, stem, fps, story) if len(frames) > 1 else (save_pictures(frames, stem, story), "")
-    if note:
-        _note(f"note      {note}")
+    files, said = save_video(frames, stem, fps, story) if len(frames) > 1 else (save_pictures(frames, stem, story), "")
+    if said:
+        note(f"note      {said}")
     return [file.name for file in files]
 
 
@@ -166,7 +166,3 @@ def _lines(path: Path) -> list[str]:
                 "prompt-file", f"the prompt file cannot be read: {error}", str(path), fix="job.prompt_file=FILE.txt"
             )
         ) from error
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201

@@ -30,6 +30,7 @@ PACKAGES = (
     "omegaconf",
     "tokenizers",
     "transformers",
+    "diffusers",
     "gguf",
 )
 

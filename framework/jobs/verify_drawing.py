@@ -15,6 +15,7 @@ from framework.families.pipeline import Pipeline, describe_pipeline
 from framework.jobs import run_dir
 from framework.jobs.common import emit, emit_json, is_given, open_checked, options, resolve_device
 from framework.jobs.drawing import WORDS, Output, arguments_of, drawers
+from framework.jobs.log import note
 from framework.jobs.reference import read_arrays
 from framework.planning.axes import axes
 from framework.planning.make import make_plan
@@ -60,8 +61,8 @@ def run(recipe: Recipe) -> int:
     reference = {} if chosen["against"] else _reference(Path(chosen["reference"]), given)
     plan, output, notes = _planned(recipe, given)
     run = run_dir.create(recipe, plan)
-    for note in notes:
-        print(f"note      {note}", file=sys.stderr, flush=True)  # noqa: T201
+    for said in notes:
+        note(f"note      {said}")
     ours = _drawn(recipe, plan, output)
     if chosen["against"]:
         other = compose([f"recipe={quote(str(chosen['against']))}", "job=verify"])

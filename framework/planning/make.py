@@ -10,6 +10,7 @@ from pathlib import Path
 from framework.capability.limits import Limits
 from framework.errors import Problem, Refused
 from framework.families.base import DecoderSpec
+from framework.families.diffusion import KEPT_FP32
 from framework.planning.check import Checked, Placed
 from framework.planning.layout import Layout
 from framework.planning.plan import Plan, PlannedModule, RuntimePlan
@@ -85,7 +86,12 @@ def make_plan(checked: Checked, device: str) -> Plan:
 
 def planned_modules(checked: Checked) -> tuple[PlannedModule, ...]:
     """Return the modules of a plan."""
-    return tuple(_planned(placed, checked.capability.limits) for placed in checked.placed)
+    transformers = checked.model.transformers or {}
+    kept = {prefix: KEPT_FP32.get(spec.class_name, ()) for prefix, spec in transformers.items()}
+    return tuple(
+        _planned(placed, checked.capability.limits, kept.get(placed.assigned.part.prefix, ()))
+        for placed in checked.placed
+    )
 
 
 def cache_dtype(device: str, dtype: str) -> str:
@@ -93,7 +99,7 @@ def cache_dtype(device: str, dtype: str) -> str:
     return "float32" if device == "cpu" else dtype
 
 
-def _planned(placed: Placed, limits: Limits) -> PlannedModule:
+def _planned(placed: Placed, limits: Limits, kept: tuple[str, ...]) -> PlannedModule:
     entry, fit = placed.assigned, placed.fit
     scheme = fit.scheme if fit else entry.scheme
     limit = limits[scheme, entry.module.layer_type] if entry.module.quantizable else None
@@ -114,6 +120,7 @@ def _planned(placed: Placed, limits: Limits) -> PlannedModule:
         pieces=fit.pieces if fit else 1,
         bits=fit.bits if fit else 0,
         max_rows=limit.rows if limit else 0,
+        fp32=not set(kept).isdisjoint(module.name.split(".")),
         expert_ranges=placed.expert_ranges,
     )
 

@@ -16,7 +16,7 @@ def module_bytes(planned: PlannedModule, rank: int, dtype: str) -> int:
 
     In the fp32 reference mode weight-only schemes are held dequantized.
     """
-    width = DTYPE_BYTES[dtype]
+    width = DTYPE_BYTES["float32" if planned.fp32 else dtype]
     n, k = planned.shards[rank].shape
     bias = n * width if planned.module.bias else 0
     scheme = "float" if dtype == "float32" and planned.scheme in WEIGHT_ONLY else planned.scheme

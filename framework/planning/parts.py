@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from framework.checkpoint.index import Index
 from framework.checkpoint.open import open_index
-from framework.errors import InputError, Problem
+from framework.errors import InputError, Problem, Refused
 from framework.families.base import DecoderSpec, ignorable, modules
 from framework.families.config import describe
 from framework.families.diffusion import DiffusionSpec, describe_transformer, diffusion_modules
@@ -18,6 +19,11 @@ from framework.families.pipeline import describe_pipeline
 from framework.formats.registry import LAYOUTS, detect
 from framework.geometry import Module
 from framework.planning.assign import Part
+
+# What only Wan's own checkpoints have: folders of experts, names of modules.
+WAN_FOLDERS = ("high_noise_model", "low_noise_model")
+WAN_OWN = re.compile(r"blocks\.\d+\.(self_attn|cross_attn)\.")
+DESCRIBED = "quant_model_description"
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,13 @@ def open_indexes(path: Path, kind: str) -> dict[str, Index]:
     """Open the headers of a model's parts, by the prefix of their modules' names.
 
     Raises:
-        InputError: `model-kind`, an LLM where a pipeline is named or the reverse; all that the containers raise.
+        InputError: `model-kind`, an LLM where a pipeline is named or the reverse; `repack-needed`;
+            `component-missing`, a transformer that is not there; all that the containers raise.
+        Refused: `format-unsupported`, a transformer in GGUF.
     """
     is_pipeline = (path / PIPELINE_INDEX).is_file()
+    if not is_pipeline and kind == "diffusion" and any((path / folder).is_dir() for folder in WAN_FOLDERS):
+        raise InputError(_repack(path, "the folders are those of Wan's own checkpoints"))
     if is_pipeline != (kind == "diffusion") and path.exists():
         other = "diffusion" if is_pipeline else "llm"
         raise InputError(
@@ -62,7 +72,8 @@ def open_indexes(path: Path, kind: str) -> dict[str, Index]:
         )
     if not is_pipeline:
         return {"": open_index(path)}
-    transformers = describe_pipeline(path).transformers
+    pipeline = describe_pipeline(path)
+    transformers = pipeline.transformers
     if not transformers:
         raise InputError(
             Problem(
@@ -73,7 +84,50 @@ def open_indexes(path: Path, kind: str) -> dict[str, Index]:
                 "use a pipeline with a component named transformer",
             )
         )
-    return {f"{component.name}.": open_index(component.folder) for component in transformers}
+    missing = [_missing(str(part.folder), part.name) for part in transformers if not part.folder.is_dir()]
+    if pipeline.options.get("boundary_ratio") and len(transformers) == 1:
+        missing.append(_missing(str(path / PIPELINE_INDEX), "transformer_2"))
+    if missing:
+        raise InputError(missing)
+    indexes = {f"{component.name}.": open_index(component.folder) for component in transformers}
+    packed = [str(index.root) for index in indexes.values() if index.container == "gguf"]
+    if packed:
+        raise Refused(
+            Problem(
+                "format-unsupported",
+                "a pipeline's transformer is in GGUF, which is read for language models only",
+                ", ".join(packed),
+                "the support table has no GGUF row for diffusion models",
+                "the safetensors transformer of the same model",
+            )
+        )
+    for index in indexes.values():
+        described = [key for name, held in index.documents.items() if name.startswith(DESCRIBED) for key in held]
+        own = next((name for name in (*index.tensors, *described) if WAN_OWN.search(name)), None)
+        if own:
+            raise InputError(_repack(index.root, f"{own} is a name of Wan's own checkpoints, not of diffusers"))
+    return indexes
+
+
+def _missing(where: str, name: str) -> Problem:
+    return Problem(
+        "component-missing",
+        f"the pipeline's {name} is not there",
+        where,
+        f"{PIPELINE_INDEX} lists it, or has a boundary_ratio at which it takes over",
+        "fetch the pipeline again, whole",
+    )
+
+
+def _repack(path: Path, why: str) -> Problem:
+    return Problem(
+        "repack-needed",
+        "this is what msModelSlim wrote of an original Wan model: it has to be repacked first",
+        str(path),
+        why,
+        "python launch.py job=repack job.original=/the/float/diffusers/folder job.quantized=/what/msmodelslim/wrote "
+        "job.output=/a/new/folder   and then   model.path=/a/new/folder",
+    )
 
 
 def describe_model(indexes: Mapping[str, Index], asked_format: str) -> Described:

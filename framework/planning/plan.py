@@ -27,6 +27,7 @@ class PlannedModule:
         op: the calls that run it; `pieces` of them whose results are joined or added.
         bits: width of a code as it is held, where that is not the scheme's own; 0: the scheme's.
         max_rows: the most output features of one call; 0: any number.
+        fp32: whether its float values are kept in fp32 whatever the run's dtype is.
     """
 
     name: str
@@ -43,6 +44,7 @@ class PlannedModule:
     pieces: int = 1
     bits: int = 0
     max_rows: int = 0
+    fp32: bool = False
     expert_ranges: tuple[tuple[int, int], ...] = ()
 
     def experts_on(self, rank: int) -> range:
@@ -195,6 +197,7 @@ def _module_json(planned: PlannedModule) -> dict[str, Any]:
         "pieces": planned.pieces,
         "bits": planned.bits,
         "max_rows": planned.max_rows,
+        "fp32": planned.fp32,
         "expert_ranges": [list(share) for share in planned.expert_ranges],
         "module": _described(module),
     }
@@ -234,7 +237,7 @@ def _module_from(data: dict[str, Any]) -> PlannedModule:
         absorbed=given["absorbed"],
         packed=tuple((axis, unit) for axis, unit in given["packed"]),
     )
-    same = ("name", "format", "scheme", "row", "label", "group", "mode", "op", "pieces", "bits", "max_rows")
+    same = ("name", "format", "scheme", "row", "label", "group", "mode", "op", "pieces", "bits", "max_rows", "fp32")
     shards = tuple(Rect(*rect) for rect in data["shards"])
     ranges = tuple(tuple(share) for share in data["expert_ranges"])
     return PlannedModule(

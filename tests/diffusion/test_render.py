@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from framework.errors import InputError
 from framework.jobs.common import open_checked
@@ -78,3 +79,26 @@ def test_prompts_or_labels_are_needed_but_not_both(given):
 def test_each_output_has_its_own_seed():
     wanted = outputs(compose(["recipe=diffusion/digits", "job.labels=[3,1]", "job.num_outputs=2", "runtime.seed=7"]))
     assert [(one.label, one.seed) for one in wanted] == [(3, 7), (3, 8), (1, 9), (1, 10)]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers itself
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DDIMScheduler"])
+def test_digits_by_another_scheduler_are_those_of_diffusers(warm_session, name):
+    import diffusers
+    import torch
+
+    recipe = compose(["recipe=diffusion/digits", "runtime.dtype=float32"])
+    warm_session.load(make_plan(open_checked(recipe), "cpu"), loader=LOADER)
+    settings = {"class_labels": [3, 8], "guidance_scale": 2.0, "num_inference_steps": 8}
+    made = list(warm_session.stream("render", [(settings | {"scheduler": (name, {})}, 5)]))[-1]["frames"]
+    root = recipes_dir() / "assets" / "tiny-digits"
+    config = diffusers.DiTTransformer2DModel.load_config(root / "transformer")
+    model = diffusers.DiTTransformer2DModel.from_config(config).eval()
+    model.load_state_dict(load_file(root / "transformer" / "diffusion_pytorch_model.safetensors"))
+    plain = diffusers.DiTPipeline.from_pretrained(root, transformer=model, dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    plain.scheduler = getattr(diffusers, name).from_config(plain.scheduler.config)
+    wanted = plain(**settings, generator=torch.Generator().manual_seed(5), output_type="np").images
+    assert np.abs(made / 255 - wanted).max() <= 2e-3 + 0.5 / 255

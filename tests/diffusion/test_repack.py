@@ -64,7 +64,7 @@ def pipeline(tmp_path):
         if not both:
             shutil.rmtree(base / "transformer_2")
             index = json.loads((base / "model_index.json").read_text())
-            index["transformer_2"] = [None, None]
+            index |= {"transformer_2": [None, None], "boundary_ratio": None}
             (base / "model_index.json").write_text(json.dumps(index))
         return base
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from framework.errors import InputError, Refused
-from framework.families.diffusion import CLASSES, DiffusionSpec, describe_transformer, diffusion_modules
+from framework.families.diffusion import CLASSES, KEPT_FP32, DiffusionSpec, describe_transformer, diffusion_modules
 from framework.families.pipeline import describe_pipeline
 from framework.geometry import Kind, Split
 
@@ -151,3 +151,8 @@ def test_an_index_that_is_none_is_refused(tmp_path, entries):
 def test_a_folder_without_an_index_is_said(tmp_path):
     with pytest.raises(InputError, match="file-missing"):
         describe_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_stays_fp32_is_what_diffusers_says(name):
+    assert KEPT_FP32.get(name, ()) == tuple(getattr(diffusers, name)._keep_in_fp32_modules or ())
