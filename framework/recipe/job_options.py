@@ -205,12 +205,12 @@ class Serve:
 
 JOBS: dict[str, type] = {
     "generate": Generate,
+    "render": Render,
     "serve": Serve,
     "check": Check,
     "plan": Plan,
     "verify": Verify,
     "bench": Bench,
-    "render": Render,
     "quantize": Quantize,
     "repack": Repack,
     "matrix": Matrix,
