@@ -201,6 +201,12 @@ class Serve:
     """Size of a request's body, at most."""
     drain_s: float = field(default=30.0, metadata={"minimum": 0})
     """Seconds that running answers get to end after Ctrl-C."""
+    steps: int | None = field(default=None, metadata={"minimum": 1})
+    """Denoising steps of a picture whose request says none; null: the pipeline's default."""
+    guidance: float | None = field(default=None, metadata={"minimum": 0})
+    """Guidance scale of a picture whose request says none; null: the pipeline's default."""
+    max_pixels: int = field(default=1 << 20, metadata={"minimum": 1})
+    """Height times width of a picture, at most."""
 
 
 JOBS: dict[str, type] = {
@@ -220,4 +226,4 @@ JOBS: dict[str, type] = {
 WITHOUT_RECIPE = ("matrix", "doctor", "schema", "repack")
 DEFAULT_JOB = {"llm": "generate", "diffusion": "render"}
 # a job that makes one kind of thing; all others take both
-KIND_OF_JOB = {"generate": "llm", "bench": "llm", "quantize": "llm", "serve": "llm", "render": "diffusion"}
+KIND_OF_JOB = {"generate": "llm", "bench": "llm", "quantize": "llm", "render": "diffusion"}

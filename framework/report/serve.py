@@ -18,9 +18,9 @@ def first_line(plan: dict[str, Any], replicas: int) -> str:
 def ready_line(seconds: float, plan: dict[str, Any], replicas: int) -> str:
     """Ranks are up and loaded."""
     held = max(rank["weights_bytes"] for rank in plan["ranks"])
-    cache = count(plan["runtime"]["cache_pages"] * 128)
-    each = " each" if replicas > 1 else ""
-    return f"ready     {seconds:.1f} s   weights {size(held)} a rank   cache {cache} tokens{each}"
+    pages, each = plan["runtime"]["cache_pages"], " each" if replicas > 1 else ""
+    cache = f"   cache {count(pages * 128)} tokens{each}" if pages else ""
+    return f"ready     {seconds:.1f} s   weights {size(held)} a rank{cache}"
 
 
 def serving_line(host: str, port: int, model_id: str) -> str:

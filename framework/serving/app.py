@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import json
 import logging
@@ -12,14 +13,15 @@ from typing import Any
 
 from aiohttp import web
 
-from framework.engine.request import Failed, Finished, Request, TokenEvent
+from framework.engine.request import Request
 from framework.serving.answers import Answers
+from framework.serving.exchange import next_events, read_body, taken_up
 from framework.serving.metrics import CONTENT_TYPE, Metrics
+from framework.serving.pictures import Drawn, Picture, PictureModel, pictures_of
 from framework.serving.prompts import Model, requests_of
-from framework.serving.protocol import ApiError, Asked, read_json, read_request
-from framework.serving.replicas import Call, Lost, Pool
+from framework.serving.protocol import ApiError, Asked, read_json, read_pictures, read_request
+from framework.serving.replicas import Pool
 
-BODY_S = 30.0  # for a request's body to arrive
 WRITE_S = 60.0  # for a client to take what was written
 TARGET_BYTES = 8 << 10  # path and query of a request
 HEADER_BYTES = 8 << 10  # names and values of a request's headers
@@ -30,10 +32,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(
-    model: Model, pool: Pool, metrics: Metrics, *, keys: Sequence[str], max_body_bytes: int
+    model: Model | PictureModel, pool: Pool, metrics: Metrics, *, keys: Sequence[str], max_body_bytes: int
 ) -> web.Application:
     """Return the application; `keys`: any of them opens it, none leaves it open."""
-    endpoint = _Endpoint(model, pool, metrics)
+    endpoint = _Endpoint(model.id, pool, metrics)
     app = web.Application(
         client_max_size=max_body_bytes, middlewares=[_errors(metrics), _authorized([k.encode() for k in keys])]
     )
@@ -44,10 +46,14 @@ def make_app(
             web.get("/metrics", endpoint.metrics),
             web.get("/v1/models", endpoint.models),
             web.get("/v1/models/{id:.+}", endpoint.model),
-            web.post("/v1/completions", endpoint.completions),
-            web.post("/v1/chat/completions", endpoint.chat_completions),
         ]
     )
+    if isinstance(model, PictureModel):
+        app.add_routes([web.post("/v1/images/generations", _Pictures(model, pool).generations)])
+    else:
+        texts = _Texts(model, pool)
+        app.add_routes([web.post("/v1/completions", texts.completions)])
+        app.add_routes([web.post("/v1/chat/completions", texts.chat_completions)])
     return app
 
 
@@ -102,11 +108,11 @@ def _authorized(keys: Sequence[bytes]) -> Callable[..., Awaitable[web.StreamResp
 
 
 class _Endpoint:
-    """Handlers."""
+    """What is asked of any server."""
 
-    def __init__(self, model: Model, pool: Pool, metrics: Metrics) -> None:
-        self._model, self._pool, self._metrics = model, pool, metrics
-        self._card = {"id": model.id, "object": "model", "created": int(time.time()), "owned_by": "npu-launch"}
+    def __init__(self, model_id: str, pool: Pool, metrics: Metrics) -> None:
+        self._id, self._pool, self._metrics = model_id, pool, metrics
+        self._card = {"id": model_id, "object": "model", "created": int(time.time()), "owned_by": "npu-launch"}
 
     async def health(self, request: web.Request) -> web.Response:
         """200 where every rank of every replica answers."""
@@ -126,9 +132,16 @@ class _Endpoint:
         return web.json_response({"object": "list", "data": [self._card]})
 
     async def model(self, request: web.Request) -> web.Response:
-        if (asked := request.match_info["id"]) != self._model.id:
-            raise ApiError(404, f"the model `{asked}` is not here, `{self._model.id}` is", "model_not_found")
+        if (asked := request.match_info["id"]) != self._id:
+            raise ApiError(404, f"the model `{asked}` is not here, `{self._id}` is", "model_not_found")
         return web.json_response(self._card)
+
+
+class _Texts:
+    """Completions and chats."""
+
+    def __init__(self, model: Model, pool: Pool) -> None:
+        self._model, self._pool = model, pool
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, chat=False)
@@ -138,16 +151,11 @@ class _Endpoint:
 
     async def _answer(self, request: web.Request, *, chat: bool) -> web.StreamResponse:
         begun_s = time.perf_counter()
-        body = await _body(request)
+        body = await read_body(request)
         # templates and long texts take milliseconds, in which others' tokens must go out
         asked, requests = await asyncio.to_thread(self._understood, body, chat)
         reply = self._streamed if asked.stream else self._whole
-        try:
-            return await reply(request, asked, requests, begun_s)
-        except ReplicaLost:
-            if not any(replica.ready for replica in self._pool.replicas):
-                raise
-            return await reply(request, asked, requests, begun_s)  # nothing was sent
+        return await taken_up(self._pool, lambda: reply(request, asked, requests, begun_s))
 
     def _understood(self, body: bytes, chat: bool) -> tuple[Asked, list[Request]]:
         asked = read_request(read_json(body), chat=chat)
@@ -159,7 +167,7 @@ class _Endpoint:
         answers = Answers(asked, self._model.tokenizer, len(requests))
         with self._pool.call(requests, begun_s) as call:
             while not answers.complete:
-                for event in await _events(call):
+                for event in await next_events(call):
                     answers.take(event)
         return web.json_response(answers.whole())
 
@@ -168,7 +176,7 @@ class _Endpoint:
     ) -> web.StreamResponse:
         answers = Answers(asked, self._model.tokenizer, len(requests))
         with self._pool.call(requests, begun_s) as call:
-            events = await _events(call)
+            events = await next_events(call)
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
             await response.prepare(request)
             try:
@@ -177,7 +185,7 @@ class _Endpoint:
                     await _send(response, filter(None, map(answers.chunk, events)))
                     if answers.complete:
                         break
-                    events = await _events(call)
+                    events = await next_events(call)
                 await _send(response, answers.last_chunks())
                 await _write(response, b"data: [DONE]\n\n")
             except ApiError as error:
@@ -188,30 +196,25 @@ class _Endpoint:
         return response
 
 
-class ReplicaLost(ApiError):
-    """The replica died that worked on the request, or was ended."""
+class _Pictures:
+    """Images."""
 
-    def __init__(self, why: str) -> None:
-        super().__init__(503, why, "replica_lost", retry_after_s=5)
+    def __init__(self, model: PictureModel, pool: Pool) -> None:
+        self._model, self._pool = model, pool
 
+    async def generations(self, request: web.Request) -> web.StreamResponse:
+        begun_s = time.perf_counter()
+        asked = read_pictures(read_json(await read_body(request)))
+        pictures = await asyncio.to_thread(pictures_of, asked, self._model)
+        return await taken_up(self._pool, lambda: self._drawn(pictures, begun_s))
 
-async def _events(call: Call) -> list[TokenEvent | Finished]:
-    """Return all events that have come, at least one.
-
-    Raises:
-        ApiError: the request cannot be answered.
-    """
-    came = [await call.events.get()]
-    while not call.events.empty():
-        came.append(call.events.get_nowait())
-    found: list[TokenEvent | Finished] = []
-    for event in came:
-        if isinstance(event, Lost):
-            raise ReplicaLost(event.why)
-        if isinstance(event, Failed):
-            raise ApiError(500, event.problem.what, event.problem.code)
-        found.append(event)
-    return found
+    async def _drawn(self, pictures: list[Picture], begun_s: float) -> web.StreamResponse:
+        found: dict[int, bytes] = {}
+        with self._pool.call(pictures, begun_s) as call:
+            while len(found) < len(pictures):
+                found |= {event.index: event.png for event in await next_events(call) if isinstance(event, Drawn)}
+        data = [{"b64_json": base64.b64encode(found[i]).decode()} for i in range(len(pictures))]
+        return web.json_response({"created": int(time.time()), "output_format": "png", "data": data})
 
 
 async def _send(response: web.StreamResponse, chunks: Iterable[dict[str, Any]]) -> None:
@@ -222,23 +225,6 @@ async def _send(response: web.StreamResponse, chunks: Iterable[dict[str, Any]]) 
 async def _write(response: web.StreamResponse, data: bytes) -> None:
     async with asyncio.timeout(WRITE_S):
         await response.write(data)
-
-
-async def _body(request: web.Request) -> bytes:
-    if request.content_type != "application/json":
-        # also keeps out forms of foreign web pages, which may be sent to the loopback interface without asking
-        raise ApiError(415, "the body has to be of Content-Type: application/json", "invalid_content_type")
-    most = request.client_max_size
-    too_large = ApiError(413, f"the body has more than {most} bytes, which job.max_body_mib allows", "body_too_large")
-    if (request.content_length or 0) > most:
-        raise too_large  # before anything of it is read
-    try:
-        async with asyncio.timeout(BODY_S):
-            return await request.read()
-    except web.HTTPRequestEntityTooLarge as error:
-        raise too_large from error
-    except TimeoutError as error:
-        raise ApiError(408, f"the body did not arrive within {BODY_S:g} s", "timeout") from error
 
 
 def _refused(error: ApiError) -> web.Response:

@@ -30,6 +30,7 @@ class Metrics:
         )
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts answered", registry=registry)
         self.generation_tokens = Counter("generation_tokens", "Tokens generated", registry=registry)
+        self.pictures = Counter("pictures", "Pictures drawn", registry=registry)
         self.cancelled = Counter("answers_cancelled", "Answers that nobody waited for any more", registry=registry)
         self.restarts = Counter("replica_restarts", "Times that a replica was lost", ["replica"], registry=registry)
         self._ready = Gauge("replica_ready", "Whether the replica takes requests", ["replica"], registry=registry)
@@ -52,7 +53,7 @@ class Metrics:
         self._running.labels(replica).set(load.running)
         self._waiting.labels(replica).set(load.waiting)
         self._used.labels(replica).set(load.pages_used)
-        self._ratio.labels(replica).set(load.pages_used / pages)
+        self._ratio.labels(replica).set(load.pages_used / pages if pages else 0.0)
 
     def totals(self) -> dict[str, float]:
         """Return what was served in all."""
@@ -61,6 +62,7 @@ class Metrics:
             "answers_cancelled": "answers_cancelled_total",
             "prompt_tokens": "prompt_tokens_total",
             "generation_tokens": "generation_tokens_total",
+            "pictures": "pictures_total",
         }
         return {name: self._registry.get_sample_value(sample) or 0.0 for name, sample in found.items()}
 
@@ -89,3 +91,8 @@ class Stopwatch:
         """The answer is complete."""
         self._metrics.duration.observe(time.perf_counter() - self._begun_s)
         self._metrics.prompt_tokens.inc(prompt_tokens)
+
+    def picture(self) -> None:
+        """The answer is a picture, and it is complete."""
+        self._metrics.duration.observe(time.perf_counter() - self._begun_s)
+        self._metrics.pictures.inc()

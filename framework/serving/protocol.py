@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from framework.errors import nearest
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_PICTURES = 10
 MAX_LOGPROBS = 20
 COMPLETION_TOKENS = 16  # OpenAI's default of `max_tokens` where a text is continued; a chat may go on to the end
 
@@ -92,12 +94,7 @@ def read_request(data: Mapping[str, Any], *, chat: bool) -> Asked:
     Raises:
         ApiError: 400, naming the parameter.
     """
-    fields = _COMMON | (_CHAT if chat else _COMPLETION)
-    for name in data:
-        if name not in fields and name not in _WITHOUT_EFFECT:
-            near = nearest(name, fields)
-            raise _bad(name, "is not known here" + (f"; did you mean `{near[0]}`?" if near else ""))
-    given = {name: _value(name, data.get(name), field) for name, field in fields.items()}
+    given = _values(data, _COMMON | (_CHAT if chat else _COMPLETION))
     logprobs = given["logprobs"]
     if chat:
         if given["top_logprobs"] and not logprobs:
@@ -135,6 +132,39 @@ def read_request(data: Mapping[str, Any], *, chat: bool) -> Asked:
         given["stream"],
         bool((given["stream_options"] or {}).get("include_usage")),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class AskedPictures:
+    """One HTTP request for pictures, understood; `settings` in a recipe's words, where given."""
+
+    model: str | None
+    prompt: str
+    count: int
+    seed: int
+    settings: Mapping[str, Any]
+
+
+def read_pictures(data: Mapping[str, Any]) -> AskedPictures:
+    """Read the JSON object of an image generation.
+
+    Raises:
+        ApiError: 400, naming the parameter.
+    """
+    given = _values(data, _PICTURES)
+    settings = {name: given[name] for name in ("steps", "guidance", "negative_prompt") if given[name] is not None}
+    if given["size"]:
+        settings |= dict(zip(("width", "height"), given["size"], strict=True))
+    seed = secrets.randbits(31) if given["seed"] is None else given["seed"]
+    return AskedPictures(given["model"], given["prompt"], given["n"], seed, settings)
+
+
+def _values(data: Mapping[str, Any], fields: Mapping[str, _Field]) -> dict[str, Any]:
+    for name in data:
+        if name not in fields and name not in _WITHOUT_EFFECT:
+            near = nearest(name, fields)
+            raise _bad(name, "is not known here" + (f"; did you mean `{near[0]}`?" if near else ""))
+    return {name: _value(name, data.get(name), field) for name, field in fields.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +281,15 @@ def _object(value: Any) -> dict[str, Any]:  # noqa: ANN401
     return value
 
 
+def _size(value: Any) -> tuple[int, int] | None:  # noqa: ANN401
+    if value == "auto":
+        return None
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError('has to be "auto" or of the form "WIDTHxHEIGHT"')
+    return int(found[1]), int(found[2])
+
+
 def _stream_options(value: Any) -> dict[str, bool]:  # noqa: ANN401
     if not isinstance(value, dict) or not set(value) <= {"include_usage"}:
         raise ValueError("has to be an object with nothing but `include_usage`")
@@ -261,6 +300,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 _INT64 = 2**63 - 1
 _COMMON = {
     "model": _Field(_text, required=True),
@@ -299,6 +339,22 @@ _CHAT = {
     "tools": _Field(_only([])),
     "tool_choice": _Field(_only("none", "auto")),
     "modalities": _Field(_only(["text"])),
+}
+_PICTURES = {
+    "prompt": _Field(_text, required=True),
+    "model": _Field(_text),
+    "n": _Field(_integer(1, MAX_PICTURES), 1),
+    "size": _Field(_size),
+    "response_format": _Field(_only("b64_json")),
+    "output_format": _Field(_only("png")),
+    "quality": _Field(_only("auto", "standard")),
+    "background": _Field(_only("auto", "opaque")),
+    "stream": _Field(_only(False)),
+    # beyond OpenAI's
+    "seed": _Field(_integer(0, _INT64 - MAX_PICTURES)),
+    "steps": _Field(_integer(1, 1000)),
+    "guidance": _Field(_number(0, 100)),
+    "negative_prompt": _Field(_text),
 }
 # who asks and how it is billed, stored or cached: nothing that changes an answer here
 _WITHOUT_EFFECT = frozenset(

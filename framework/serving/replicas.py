@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from framework.engine.request import Event, Failed, Finished, Load, Orders, Request, TokenEvent
 from framework.errors import UserError
 from framework.serving.metrics import Metrics, Stopwatch
+from framework.serving.pictures import Drawn, Picture
 from framework.serving.protocol import ApiError
 
 ATTEMPTS = 3  # a replica that is lost so often in a row without a token in between stays away
@@ -28,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 class Session(Protocol):
     """What a replica needs of the cluster's session."""
 
-    def stream(self, method: str, *args: object) -> Iterable[list[Event]]:
+    def stream(self, method: str, *args: object) -> Iterable[Sequence[Event | Drawn]]:
         """Run a generator on all ranks; rank 0's items."""
         ...
 
@@ -66,16 +67,18 @@ class Call:
     """One HTTP request on a replica; `events` carry the number of their choice as index."""
 
     def __init__(self, replica: Replica, indexes: range, watches: Sequence[Stopwatch]) -> None:
-        self.events: asyncio.Queue[TokenEvent | Finished | Failed | Lost] = asyncio.Queue()
+        self.events: asyncio.Queue[TokenEvent | Finished | Failed | Drawn | Lost] = asyncio.Queue()
         self._replica, self._indexes, self._watches = replica, indexes, watches
 
-    def take(self, event: TokenEvent | Finished | Failed) -> None:
+    def take(self, event: TokenEvent | Finished | Failed | Drawn) -> None:
         """Pass on an event of one of the indexes."""
         number = event.index - self._indexes.start
         if isinstance(event, TokenEvent):
             self._watches[number].token()
         elif isinstance(event, Finished):
             self._watches[number].end(event.prompt_tokens)
+        elif isinstance(event, Drawn):
+            self._watches[number].picture()
         self.events.put_nowait(replace(event, index=number))
 
     def leave(self) -> None:
@@ -108,14 +111,15 @@ class Replica:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def submit(self, requests: Sequence[Request], watches: Sequence[Stopwatch]) -> Call:
+    def submit(self, requests: Sequence[Request | Picture], watches: Sequence[Stopwatch]) -> Call:
         """Let requests join the running batch."""
         first = next(self._numbers)
         for _ in requests[1:]:
             next(self._numbers)
         call = Call(self, range(first, first + len(requests)), watches)
         self._open |= dict.fromkeys(range(first, first + len(requests)), call)
-        self.session.tell("post", Orders(tuple(replace(r, index=first + i) for i, r in enumerate(requests))))
+        numbered: tuple[Any, ...] = tuple(replace(r, index=first + i) for i, r in enumerate(requests))
+        self.session.tell("post", Orders(numbered))
         return call
 
     def cancel(self, indexes: Iterable[int]) -> None:
@@ -177,7 +181,7 @@ class Replica:
         self.gone = error if hopeless else None
         self.abandon(f"the model's replica was lost: {_why(error)}")
 
-    def _take(self, events: list[Event]) -> None:
+    def _take(self, events: Sequence[Event | Drawn]) -> None:
         for event in events:
             if isinstance(event, Load):
                 self._metrics.load(self.number, self._limits.pages, event)
@@ -201,7 +205,7 @@ class Pool:
         return sum(replica.busy for replica in self.replicas)
 
     @contextmanager
-    def call(self, requests: Sequence[Request], begun_s: float) -> Iterator[Call]:
+    def call(self, requests: Sequence[Request | Picture], begun_s: float) -> Iterator[Call]:
         """Hand requests, begun at this time, to the replica that has least to do; give up what is left at the end.
 
         Raises:

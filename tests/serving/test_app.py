@@ -8,6 +8,7 @@ import pytest
 from framework.engine.request import Failed
 from framework.errors import Problem, Refused
 from framework.serving import app as app_module
+from framework.serving import exchange
 from framework.serving.replicas import ATTEMPTS
 from tests.serving.stub import ASKED, StubSession, answer, application, token, until
 
@@ -81,7 +82,7 @@ def test_a_wrong_key_is_refused_everywhere_but_where_load_balancers_look(given):
 
 
 def test_a_body_that_does_not_arrive_is_given_up(monkeypatch):
-    monkeypatch.setattr(app_module, "BODY_S", 0.2)
+    monkeypatch.setattr(exchange, "BODY_S", 0.2)
 
     async def slow():
         yield b"{"
