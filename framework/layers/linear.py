@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ class Part:
     """One matmul of a layer, without bias or reduction, and the bytes it holds.
 
     `apply(x [T, K]) -> [T, N]`; of experts `apply(x, counts)`, whose rows are sorted by expert, counts int64 [E].
+    `biased`: `apply(x, bias [N])` adds a bias in the same call.
     """
 
     apply: Callable[..., Tensor]
     nbytes: int
+    biased: bool = False
 
 
 class ParallelLinear(LeanModule):
@@ -56,9 +59,12 @@ class ParallelLinear(LeanModule):
         self.reduces = split in (Split.ROW, Split.EXPERT) and group.size > 1
         self.gathers = split is Split.ROWS_GATHER and group.size > 1
         self.apply_first = self.parts[0].apply if len(self.parts) == 1 else None
-        if self.apply_first is not None and bias is None and not self.reduces and not self.gathers:
+        if self.apply_first is not None and not self.reduces and not self.gathers:
             # nothing but the matmul: three Python frames less a call, 120 calls a token
-            self.forward = self.apply_first  # type: ignore[method-assign]
+            if bias is None:
+                self.forward = self.apply_first  # type: ignore[method-assign]
+            elif self.parts[0].biased:
+                self.forward = partial(self.apply_first, bias=bias)  # type: ignore[method-assign]
 
     @property
     def nbytes(self) -> int:

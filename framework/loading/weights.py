@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -182,6 +183,9 @@ class RankWeights:
     def _prepare(self, scheme_name: str, weight: QuantTensor) -> Part:
         scheme = SCHEMES[scheme_name]
         operands = scheme.prepare(weight, dtype=self.dtype, device=self.device)
+        if scheme_name == "float":
+            apply = partial(scheme.linear, operands=operands)
+            return Part(apply, operands.nbytes, biased=True)
         return Part(lambda x, apply=scheme.linear, held=operands: apply(x, held), operands.nbytes)
 
     def _prepare_experts(self, scheme_name: str, weights: Iterable[QuantTensor]) -> Part:

@@ -13,33 +13,40 @@ _FLOAT32 = torch.float32
 
 # Up to so many rows reading the weight once in its own dtype is no slower.
 _NARROW_ROWS = 2
+# The most tokens that a prompt's chunk and a batch of answers make together (planning.make: CHUNK_TOKENS, AUTO_BATCH).
+_CHUNK_ROWS = 640
 # Weights widened at a time: 1 MB of fp32, which the matmul then reads from the cache.
 _CHUNK_WEIGHTS = 1 << 18
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x @ weight^T with fp32 accumulation. x [M, K], weight [N, K] -> [M, N], all of one dtype.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ weight^T + bias with fp32 accumulation. x [M, K], weight [N, K], bias [N] -> [M, N], of one dtype.
 
     On a CPU without bf16 instructions (and for fp16 on any) torch's matmul of several rows is up to ten times
     slower than in fp32, so the operands are widened first; the result is the same up to the order of the sum.
     """
     dtype = x.dtype
     if dtype is torch.bfloat16 and x.shape[0] == 1 and x.device.type == "cpu" and has_native_bfloat16():
-        return torch.mv(weight, x[0]).unsqueeze(0)  # 0.5 to 0.9 of linear's time for one row
+        row = torch.mv(weight, x[0]).unsqueeze(0)  # 0.5 to 0.9 of linear's time for one row
+        return row if bias is None else row + bias
     if dtype is _FLOAT32 or x.shape[0] <= _NARROW_ROWS or x.device.type != "cpu":
-        return _linear(x, weight)
+        return _linear(x, weight, bias)
     if dtype is torch.bfloat16 and has_native_bfloat16():
-        return _linear(of_few_heights(x), weight)[: x.shape[0]]
-    return _linear_widened(x, weight)
+        return _linear(of_few_heights(x), weight, bias)[: x.shape[0]]
+    y = _linear_widened(x, weight)
+    return y if bias is None else y + bias
 
 
 def of_few_heights(x: Tensor) -> Tensor:
     """Return x [M, K] with rows of zeros below, so that M has at most three significant bits.
 
     oneDNN, which multiplies bf16 on the CPU, compiles a kernel for every M and weight and keeps a thousand of them, of
-    0.6 MB each: a server that meets prompts of all lengths would grow by as much.
+    0.6 MB each: a server that meets prompts of all lengths would grow by as much. More rows than a chunk of a prompt
+    are the tokens of pictures, whose heights are few by themselves.
     """
     rows = x.shape[0]
+    if rows > _CHUNK_ROWS:
+        return x
     step = 1 << max(0, rows.bit_length() - 3)
     missing = -rows % step
     return functional.pad(x, (0, 0, 0, missing)) if missing else x

@@ -21,9 +21,9 @@ def prepare(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) ->
     return Operands(operand, nbytes=operand.nbytes)
 
 
-def linear(x: Tensor, operands: Operands) -> Tensor:
-    """[T, K] -> [T, N]."""
-    return float_linear(x, operands.weight)
+def linear(x: Tensor, operands: Operands, bias: Tensor | None = None) -> Tensor:
+    """[T, K] -> [T, N], the bias [N] added by the same call."""
+    return float_linear(x, operands.weight, bias)
 
 
 def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
