@@ -31,7 +31,7 @@ from tests.capability.support import PUBLISHED, typed
 ROOT = Path(__file__).parents[2]
 PATHS = {str(p.relative_to(ROOT / "recipes").with_suffix("")): p for p in sorted((ROOT / "recipes").rglob("*.yaml"))}
 # they name no published config: a model that is shipped, one that is fetched, one that the user names
-WITHOUT_CONFIG = {"diffusion/digits", "quickstart", "llm/local"}
+WITHOUT_CONFIG = {"diffusion/digits", "diffusion/local", "quickstart", "llm/local"}
 
 # Linears of a layer: 4 of attention (5 with latent attention), 3 of a dense feed-forward net, 3 an expert, a router.
 QWEN8, QWEN14, QWEN32, QWEN25, LLAMA70 = 36 * 7, 40 * 7, 64 * 7, 28 * 7, 80 * 7
@@ -47,6 +47,18 @@ def words(name, bits):
 
 # recipe: format, tier, ranks, modules by row; rows are supported but for those that say otherwise
 TABLE = {
+    # 28 blocks of 4 + 2 linears, a modulation and 2 of an embedder each; 2 at the end
+    "diffusion/dit-xl-2-256": ("none", "a2", 2, {FLOAT: 28 * 9 + 2}),
+    # 19 blocks of 8 + 4 linears and 2 modulations, 38 of 5 and 1; 8 of embedders, 2 at the end
+    "diffusion/flux.1-dev-mxfp8": ("none", "a5", 4, {
+        "diffusion.mxfp8.online": 19 * 12 + 38 * 5, FLOAT: 19 * 2 + 38 + 10}),
+    # 60 blocks of 8 + 4 linears and 2 modulations; 4 of embedders, 2 at the end
+    "diffusion/qwen-image": ("none", "a2", 2, {FLOAT: 60 * 14 + 6}),
+    # 24 blocks of 8 + 4 linears and 2 modulations, the last without 3 of the text's; 13 with 4 more; embedders, the end
+    "diffusion/sd3.5-medium": ("none", "a2", 2, {FLOAT: 24 * 14 - 3 + 13 * 4 + 5 + 2}),
+    "diffusion/wan2.1-t2v-1.3b": ("none", "a2", 4, {FLOAT: 30 * 10 + 6}),
+    "diffusion/wan2.2-i2v-a14b-mxfp8": ("none", "a5", 4, {"diffusion.mxfp8.online": WAN, FLOAT: WAN_TOP}),
+    "diffusion/wan2.2-ti2v-5b-mxfp8": ("none", "a5", 4, {"diffusion.mxfp8.online": 30 * 10, FLOAT: 6}),
     "diffusion/wan2.2-t2v-a14b-mxfp4": ("modelslim", "a5", 2, {"modelslim.mxfp4.linear": WAN, FLOAT: WAN_TOP}),
     "diffusion/wan2.2-t2v-a14b-mxfp8": ("none", "a5", 2, {"diffusion.mxfp8.online": WAN, FLOAT: WAN_TOP}),
     "diffusion/wan2.2-t2v-a14b-mxfp8-offline": (
@@ -127,7 +139,7 @@ def test_every_recipe_is_in_the_table_and_every_published_row_in_a_recipe():
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_it_checks_and_plans_from_the_published_config(name):
-    format_name, tier, tp_size, rows = TABLE[name]
+    format_name, tier, ranks, rows = TABLE[name]
     checked, plan = planned(name)
     assert checked.problems == ()
     assert (checked.format, checked.capability.table.name) == (format_name, "default")
@@ -135,12 +147,12 @@ def test_it_checks_and_plans_from_the_published_config(name):
     for use in checked.rows:
         assert use.status == NOT_SUPPORTED.get(use.row, "supported"), use
         assert use.scheme == ("float" if use.row.startswith("gguf.all") else use.row.split(".")[1]), use
-    assert (plan.format, plan.tier, plan.tp_size, len(plan.ranks)) == (format_name, tier, tp_size, tp_size)
+    assert (plan.format, plan.tier, plan.size, len(plan.ranks)) == (format_name, tier, ranks, ranks)
     held = Counter()
     for module in plan.modules:
         if module.row:
             held[module.row] += module.module.experts or 1
-            assert module.op and len(module.shards) == tp_size
+            assert module.op and len(module.shards) == plan.tp_size
     assert held == rows
     assert all(rank.fits for rank in plan.ranks)
     assert len(json.dumps(plan.to_json())) < 10_000_000
