@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,8 +34,8 @@ def load(plan: Plan, group: Group, progress: Progress) -> LoadedModel:
     if device.type == "npu":
         require_tier(plan.tier, torch.npu.get_soc_version(), torch.npu.get_device_name())
     share = plan.ranks[group.rank].heads
-    index = replace(open_index(Path(plan.checkpoint)), options=plan.options)
-    with Reader() as reader, torch.inference_mode():
+    with _without_collector(), Reader() as reader, torch.inference_mode():
+        index = replace(open_index(Path(plan.checkpoint)), options=plan.options)
         weights = RankWeights(plan, index, reader, decoder(plan.format), group, device, progress)
         model = Decoder(plan.spec, share, weights, group, plan.runtime.context).eval()
     mla, head_dim = plan.spec.mla, plan.spec.head_dim
@@ -46,3 +49,15 @@ def load(plan: Plan, group: Group, progress: Progress) -> LoadedModel:
             device,
         )
     return LoadedModel(plan, model, cache, group, weights.prepared_bytes)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause Python's collector: a load makes objects that stay, and each look through them takes longer."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
