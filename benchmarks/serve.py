@@ -1,7 +1,7 @@
 """Load on a server: how much more it answers to many than to one, how soon, and whether it holds on to anything.
 
-`speed`: clients that each send one request after the other, first one of them, then several. Printed: tokens a
-second together, time to the first token and between tokens (median and 99th percentile), and the ratio of the two.
+`speed`: clients that each send one request after the other, one of them and several in turns. Printed: tokens a
+second together, time to the first token and between pieces of text (median and 99th percentile), and the median ratio.
 `soak`: many requests of mixed length, some of them given up midway. It fails where a request fails, where pages of the
 cache are held at the end, or where the resident memory of the driver or of a rank has grown by more than 5 % since
 the hundredth request.
@@ -42,9 +42,10 @@ CANCELLED_SHARE = 0.05
 
 @dataclass
 class Answer:
-    """When each token of an answer came, in seconds from the request; `done` with its end, `given_up` by us."""
+    """When each piece of text came, in seconds from the request; `done` with its end, `given_up` by us."""
 
-    tokens_s: list[float] = field(default_factory=list)
+    pieces_s: list[float] = field(default_factory=list)
+    tokens: int = 0
     done: bool = False
     given_up: bool = False
     error: str = ""
@@ -72,10 +73,11 @@ def served(overrides: list[str]) -> Iterator[tuple[str, str, int]]:
 
 
 async def ask(http: aiohttp.ClientSession, url: str, body: dict[str, object], give_up_at: int = 0) -> Answer:
-    """Stream one answer; leave it after so many tokens, if that is not 0."""
+    """Stream one answer; leave it after so many pieces, if that is not 0."""
     answer, begin = Answer(), time.perf_counter()
+    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
-        async with http.post(f"{url}/completions", json={**body, "stream": True, "logprobs": 0}) as response:
+        async with http.post(f"{url}/completions", json=asked) as response:
             if response.status != 200:
                 answer.error = await response.text()
                 return answer
@@ -85,10 +87,12 @@ async def ask(http: aiohttp.ClientSession, url: str, body: dict[str, object], gi
                     if "error" in event:
                         answer.error = event["error"]["message"]
                         return answer
-                    if event["choices"][0]["logprobs"]:
-                        answer.tokens_s.append(time.perf_counter() - begin)
+                    if event["usage"]:
+                        answer.tokens = event["usage"]["completion_tokens"]
+                    elif event["choices"][0]["text"]:
+                        answer.pieces_s.append(time.perf_counter() - begin)
                 answer.done = answer.done or line.startswith(b"data: [DONE]")
-                if give_up_at and len(answer.tokens_s) >= give_up_at:
+                if give_up_at and len(answer.pieces_s) >= give_up_at:
                     answer.given_up = True
                     return answer
     except aiohttp.ClientError as error:
@@ -120,24 +124,26 @@ async def rounds(url: str, model: str, clients: int, each: int, tokens: int) -> 
         seconds = time.perf_counter() - begin
     if errors := [answer.error or "it broke off" for answer in answers if not answer.done]:
         sys.exit(f"{len(errors)} requests failed: {errors[0]}")
-    first = [answer.tokens_s[0] for answer in answers]
-    gaps = [b - a for answer in answers for a, b in zip(answer.tokens_s, answer.tokens_s[1:], strict=False)]
-    speed = sum(len(answer.tokens_s) for answer in answers) / seconds
+    first = [answer.pieces_s[0] for answer in answers]
+    gaps = [b - a for answer in answers for a, b in zip(answer.pieces_s, answer.pieces_s[1:], strict=False)]
+    speed = sum(answer.tokens for answer in answers) / seconds
     print(
         f"{clients:3d} clients  {speed:7.1f} tok/s   first token p50 {percentile(first, 0.5):.3f} s  "
-        f"p99 {percentile(first, 0.99):.3f} s   between tokens p50 {statistics.median(gaps) * 1e3:.1f} ms  "
+        f"p99 {percentile(first, 0.99):.3f} s   between pieces p50 {statistics.median(gaps) * 1e3:.1f} ms  "
         f"p99 {percentile(gaps, 0.99) * 1e3:.1f} ms"
     )
     return speed
 
 
 async def speed(url: str, model: str, given: argparse.Namespace) -> None:
-    """One client, then several, then one again: a machine that others use too changes meanwhile."""
+    """One client and several take turns: a machine that others use too changes meanwhile."""
     await rounds(url, model, given.clients, 1, 8)
-    alone = [await rounds(url, model, 1, given.each, given.tokens)]
-    many = await rounds(url, model, given.clients, given.each, given.tokens)
-    alone.append(await rounds(url, model, 1, given.each, given.tokens))
-    print(f"{given.clients} clients get {many / statistics.mean(alone):.2f} times the tokens of one")
+    ratios = []
+    for _ in range(given.rounds):
+        alone = await rounds(url, model, 1, given.each, given.tokens)
+        ratios.append(await rounds(url, model, given.clients, given.each, given.tokens) / alone)
+    found = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
+    print(f"{given.clients} clients get {found} times the tokens of one")
 
 
 def resident(driver: int) -> dict[str, float]:
@@ -168,7 +174,11 @@ async def soak(url: str, model: str, driver: int, given: argparse.Namespace) -> 
                 words, count, leave = plan[number]
                 body = {"model": model, "temperature": 0, "max_tokens": count, "ignore_eos": True}
                 answer = await ask(http, url, {**body, "prompt": prompt(number, words)}, count // 2 if leave else 0)
-                tokens, given_up, ended = tokens + len(answer.tokens_s), given_up + answer.given_up, ended + 1
+                tokens, given_up, ended = (
+                    tokens + (answer.tokens or len(answer.pieces_s)),
+                    given_up + answer.given_up,
+                    ended + 1,
+                )
                 if not (answer.done or answer.given_up):
                     failed.append(answer.error or "it broke off")
                 if ended % 100 == 0:
@@ -204,7 +214,8 @@ def main() -> None:
     parser.add_argument("what", choices=("speed", "soak"))
     parser.add_argument("--requests", type=int, default=1000, help="of soak")
     parser.add_argument("--clients", type=int, help="at once: 8 of speed, 16 of soak")
-    parser.add_argument("--each", type=int, default=4, help="requests of a client, of speed")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of speed")
+    parser.add_argument("--each", type=int, default=2, help="requests of a client in a turn")
     parser.add_argument("--tokens", type=int, help="of an answer: 64 of speed, on average 12 of soak")
     parser.add_argument("overrides", nargs="*", help="of the recipe, quickstart if none is named")
     given = parser.parse_intermixed_args()

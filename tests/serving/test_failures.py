@@ -62,7 +62,7 @@ def test_a_killed_rank_is_said_within_two_seconds_and_the_server_comes_back():
         wait_until(lambda: server.get("/health")[0] == 503, 2, "health did not turn")
         assert time.monotonic() - begin < 2
         for stream in streams:
-            with pytest.raises(openai.APIError, match="rank 1 ended") as caught:
+            with pytest.raises(openai.APIError, match=r"rank \d ended") as caught:
                 list(stream)
             assert caught.value.body["code"] == "replica_lost"
         wait_until(lambda: server.get("/health")[0] == 200, 60, "it did not come back")
