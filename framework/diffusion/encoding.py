@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,9 @@ class LoadedEncoders:
 
     def __init__(self, pipeline: Any, class_name: str) -> None:  # noqa: ANN401
         self.pipeline, self.encodes = pipeline, ENCODES[class_name]
+        # the call's own length: encode_prompt's default is another, and what pads a prompt is attended to
+        call = inspect.signature(type(pipeline).__call__).parameters if pipeline is not None else {}
+        self._length = {name: call[name].default for name in ("max_sequence_length",) if name in call}
 
     def encode(self, wanted: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
         """Return the embeddings of each prompt as arguments of the pipeline's call: on rank 0, on the CPU.
@@ -74,6 +78,7 @@ class LoadedEncoders:
 
     def _call(self, prompt: str, before: str, more: Mapping[str, Any]) -> dict[str, Tensor]:
         with torch.inference_mode():
-            made = self.pipeline.encode_prompt(prompt=prompt, **(self.encodes.given or {}), **more)
+            given = {**self._length, **(self.encodes.given or {}), **more}
+            made = self.pipeline.encode_prompt(prompt=prompt, **given)
         pairs = zip(self.encodes.returns, made, strict=True)
         return {before + name: values.clone().cpu() for name, values in pairs if name and values is not None}
