@@ -54,5 +54,6 @@ class Refused(UserError):
 
 
 def nearest(name: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> list[str]:
-    """Return the known names that look most like `name`, best first."""
-    return difflib.get_close_matches(name, list(known), count, cutoff)
+    """Return the known names that look most like `name`, upper or lower case, best first."""
+    folded = {text.casefold(): text for text in known}
+    return [folded[text] for text in difflib.get_close_matches(name.casefold(), list(folded), count, cutoff)]

@@ -287,3 +287,17 @@ def test_completion_names_groups_and_recipes(elsewhere):
     assert re.search(r"hydra_bash_completion", done.stdout)
     done = run("-sc", "query=bash", cwd=elsewhere, COMP_LINE="python launch.py recipe=", COMP_POINT="24")
     assert "recipe=quickstart" in done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("typed", "key"),
+    [
+        (["--tp-size", "4"], "parallel.tp_size=4"),
+        (["--tp=2"], "parallel.tp_size=2"),
+        (["--model-path", "x"], "model.path=x"),
+        (["--max-model-len"], "runtime.context=..."),
+    ],
+)
+def test_flags_of_other_engines_are_answered_with_the_key(capsys, typed, key):
+    assert cli.main(["recipe=quickstart", *typed]) == 2
+    assert f"fix    {key}\n" in capsys.readouterr().err

@@ -114,21 +114,38 @@ def _alternatives(table: Table, asked: Question, tier: str) -> list[str]:
 
 
 def _elsewhere(table: Table, asked: Question, tier: str) -> list[str]:
-    """Rows of other formats that run the same scheme of the same layers on the tier."""
-    return [
-        row.row
+    """Other formats whose files run the same scheme of the same layers on the tier."""
+    found = [
+        row.format
         for row in table.rows.values()
         if (row.scheme, row.layer_type, row.mode) == (asked.scheme, asked.layer_type, asked.mode)
         and row.format != _judged_as(asked)
         and row.judges(asked.kind, asked.scheme)
         and status_of(row, tier, asked.kind) == "supported"
     ]
+    return list(dict.fromkeys("float" if name == "none" else name for name in found))
+
+
+def _ways(table: Table, asked: Question, tier: str) -> list[str]:
+    """What runs on the tier instead: of a file that is quantized already, another scheme is another file."""
+    others, formats = _alternatives(table, asked, tier), _elsewhere(table, asked, tier)
+    if asked.mode == "online":
+        return [f"schemes that run on {tier}: {', '.join(others)}"] if others else []
+    ways = []
+    plain = table.find("none", "float", asked.layer_type, "offline", asked.kind)
+    if asked.scheme != "float" and plain and status_of(plain, tier, asked.kind) == "supported":
+        ways.append("scheme: float  (dequantized at load)")
+    if others:
+        ways.append(f"a checkpoint in a scheme that runs on {tier}: {', '.join(others)}")
+    if formats:
+        ways.append(f"a checkpoint in a format that runs on {tier}: {', '.join(formats)}")
+    return ways
 
 
 def _no_row(table: Table, asked: Question, policy: Policy, modules: int, where: str) -> Problem:
     elsewhere = "llm" if asked.kind == "diffusion" else "diffusion"
     other = table.find(_judged_as(asked), asked.scheme, asked.layer_type, asked.mode, elsewhere)
-    runs = _alternatives(table, asked, policy.tier)
+    ways = _ways(table, asked, policy.tier)
     only = f"; row {other.row} is for {KINDS[elsewhere]} only" if other else ""
     file = "quantized at load" if asked.mode == "online" else f"of a {asked.format} checkpoint"
     return Problem(
@@ -137,7 +154,7 @@ def _no_row(table: Table, asked: Question, policy: Policy, modules: int, where: 
         where,
         f"table {table.name} has no row for format {asked.format}, scheme {asked.scheme}, layer type "
         f"{asked.layer_type}, mode {asked.mode}, {KINDS[asked.kind]}{only}",
-        f"schemes that run on {policy.tier}: {', '.join(runs) or 'none'}",
+        "   or   ".join(ways) or f"schemes that run on {policy.tier}: none",
     )
 
 
@@ -148,10 +165,7 @@ def _refusal(table: Table, asked: Question, row: Row, policy: Policy, status: st
     if status in ("tbd", "wip"):
         allowed = ",".join(dict.fromkeys((*policy.allow, status)))
         fixes.append(f"capability.allow=[{allowed}]  (runs at your own risk: nobody has confirmed it on {tier})")
-    if others := _alternatives(table, asked, tier):
-        fixes.append(f"schemes that run on {tier}: {', '.join(others)}")
-    if rows := _elsewhere(table, asked, tier):
-        fixes.append(f"other formats: {', '.join(rows)}")
+    fixes += _ways(table, asked, tier)
     tiers = [name for name in TIERS if status_of(row, name, asked.kind) == "supported"]
     if tiers:
         fixes.append(" or ".join(f"hardware={name}" for name in tiers))

@@ -237,7 +237,7 @@ def _json(path: Path, raw: bytes) -> Any:  # noqa: ANN401
     try:
         return json.loads(raw, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise malformed(path, f"its JSON cannot be read: {error}") from error
+        raise malformed(path, f"its JSON cannot be read: {error}", "the file is damaged, or was cut") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

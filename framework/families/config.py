@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from framework.errors import InputError, Problem, Refused, nearest
+from framework.errors import InputError, Problem, Refused
 from framework.families.base import MOST_EXPERTS, DecoderSpec, Moe, Rope
 from framework.families.fields import Config, common, qwen_windows, rope_of
 from framework.families.sparse import deepseek, mixtral, qwen3_moe
@@ -21,14 +21,13 @@ def describe(config: Config) -> DecoderSpec:
     architecture = str(given[0] if isinstance(given, list) else given)
     build = FAMILIES.get(architecture)
     if build is None:
-        like = nearest(architecture, FAMILIES)
         raise Refused(
             Problem(
                 "architecture-unsupported",
                 f"models of architecture {architecture} cannot be run yet",
                 "config.json: architectures",
                 f"supported: {', '.join(sorted(FAMILIES))}",
-                f"is it a {like[0]}?" if like else "use a checkpoint of a supported architecture",
+                "use a checkpoint of a supported architecture",
             )
         )
     try:

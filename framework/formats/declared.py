@@ -52,8 +52,6 @@ def declarations(index: Index) -> tuple[Declaration, ...]:
     names = [name for name in index.documents if fnmatch(name, DESCRIPTIONS)]
     for name in sorted(names, key=lambda name: (name != DESCRIPTION, name)):
         found.append(Declaration(name, "modelslim", _mapping(index, name, index.documents[name])))
-        if name == DESCRIPTION:
-            break
     config = index.config or {}
     for place, held in (("config.json", config), ("config.json: text_config", config.get("text_config"))):
         for key in DECLARING:

@@ -29,6 +29,7 @@ _LAYOUTS: tuple[Layout, ...] = (
     GgufLayout(),
     PlainLayout(),
 )
+MODELSLIM_ONLY = (".deq_scale", ".quant_bias", ".weight_offset")  # no other format has tensors of these names
 LAYOUTS = {layout.name: layout for layout in _LAYOUTS}
 _DECODERS = {
     "modelslim": "framework.formats.modelslim.decode",
@@ -97,9 +98,12 @@ def _detect(index: Index, asked: str) -> tuple[str, str]:
         return "gguf", LAYOUTS["gguf"].detect(index) or ""
     sources = declarations(index)
     if not sources:
+        _require_undescribed(index)
         return "none", LAYOUTS["none"].detect(index) or ""
     chosen = next((d for d in sources if d.format == asked), sources[0])
-    several = [d for d in sources if d.format == chosen.format == "modelslim" and d is not chosen]
+    several = [
+        d for d in sources if d.format == chosen.format == "modelslim" and d is not chosen and _disagree(chosen, d)
+    ]
     others = [d for d in sources if d.format != chosen.format and asked != chosen.format]
     if rivals := several + others:
         raise _conflict(index, chosen, rivals)
@@ -108,8 +112,36 @@ def _detect(index: Index, asked: str) -> tuple[str, str]:
     return chosen.format, f"{chosen.place} {said or f'says quant_method {chosen.format}'}"
 
 
+def _disagree(chosen: Declaration, other: Declaration) -> bool:
+    """Whether two descriptions cannot stand side by side: where none has the name itself, or a tensor two types."""
+    if chosen.place != DESCRIPTION:
+        return True
+    return any(chosen.settings[name] != kind for name, kind in other.settings.items() if name in chosen.settings)
+
+
+def _require_undescribed(index: Index) -> None:
+    """Refuse weights of ModelSlim that no description explains.
+
+    Raises:
+        InputError: `description-absent`.
+    """
+    telling = next((name for name in index.tensors if name.endswith(MODELSLIM_ONLY)), None)
+    if telling is None:
+        return
+    folder = index.root if index.root.is_dir() else index.root.parent
+    raise InputError(
+        Problem(
+            "description-absent",
+            f"these are weights of ModelSlim, their {DESCRIPTION} is missing",
+            str(folder),
+            f"they hold {telling}; the type of each tensor stands in the description alone",
+            f"copy {DESCRIPTION} from where the weights came from",
+        )
+    )
+
+
 def _conflict(index: Index, chosen: Declaration, rivals: list[Declaration]) -> Refused:
-    several = [d for d in rivals if d.format == chosen.format == "modelslim"]
+    several = [d for d in rivals if d.format == chosen.format]
     if several:
         names = ", ".join(d.place for d in (chosen, *several))
         return Refused(

@@ -56,7 +56,12 @@ def run(recipe: Recipe) -> int:
     }
     run.write_json("bench.json", document)
     run.write_json("metrics.json", document | {"total_s": time.perf_counter() - start})
-    facts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "device": resolve_device(recipe)}
+    facts = {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "device": resolve_device(recipe),
+        "path": str(run.path / "bench.json"),
+    }
     match chosen["format"]:
         case "json":
             emit_json(document)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from framework.capability.limits import read_limits
 from framework.capability.table import read_table
 from framework.checkpoint.open import header_bytes
-from framework.errors import Problem, Refused
+from framework.errors import InputError, Problem, Refused
 from framework.jobs.cann import cann_version
 from framework.planning.arrange import check_arranged
 from framework.planning.assume import assumed_indexes
 from framework.planning.check import Capability, Checked
 from framework.planning.parts import open_indexes
-from framework.recipe.compose import conf_dir
+from framework.recipe.compose import compose, conf_dir
+from framework.recipe.overrides import quote
 from framework.recipe.schema import Recipe
 from framework.recipe.sources import resolve
 from framework.report.progress import transfer_progress
@@ -42,19 +45,26 @@ def uncollected() -> Iterator[None]:
 def open_checked(recipe: Recipe, *, headers_only: bool = False) -> Checked:
     """Bring the model here if it is elsewhere, open its headers, check the recipe against them.
 
-    With `headers_only` a model that is not on this disk is taken as `model.assume` describes it, if that is given;
+    With `headers_only` a recipe's model that is not on this disk is taken as `model.assume` describes it, if given;
     else of what a hub has come headers, configs and other small files alone.
 
     Raises:
         UserError: the source cannot be had, or the headers cannot be read or understood.
     """
     assume, kind, capability = recipe.model.assume, recipe.model.kind, read_capability(recipe)
-    if headers_only and assume is not None and not Path(recipe.model.path).exists():
+    typed = _typed(recipe, "model.path") and not _typed(recipe, "model.assume")  # not what the recipe assumes
+    if headers_only and assume is not None and not typed and not Path(recipe.model.path).exists():
         return check_arranged(recipe, assumed_indexes(assume, kind), capability)
     with transfer_progress() as progress:
         enough = header_bytes if headers_only else None
         path = resolve(recipe.model.path, sha256=recipe.model.sha256, progress=progress, header_bytes=enough)
     return check_arranged(recipe, open_indexes(Path(path), kind), capability)
+
+
+def _typed(recipe: Recipe, key: str) -> bool:
+    """Whether a key, or one below it, was given on the command line."""
+    below = (origin for name, origin in recipe.origins.items() if name == key or name.startswith(f"{key}."))
+    return "command line" in below
 
 
 def read_capability(recipe: Recipe) -> Capability:
@@ -80,7 +90,7 @@ def resolve_device(recipe: Recipe) -> str:
             Problem(
                 "device-absent",
                 "this recipe asks for NPUs, none is usable",
-                recipe.origins.get("runtime.device", "runtime.device"),
+                recipe.where("runtime.device"),
                 missing,
                 "run job=doctor   or   runtime.device=cpu",
             )
@@ -89,13 +99,30 @@ def resolve_device(recipe: Recipe) -> str:
 
 
 def command_of(recipe: Recipe) -> str:
-    """The command that runs this recipe, without its job."""
-    return f"python launch.py recipe={recipe.name}"
+    """The command that runs this recipe as it was asked for, without its job."""
+    asked = [text for text in recipe.overrides if not text.startswith(("recipe=", "job=", "job."))]
+    return " ".join(["python launch.py", *map(shlex.quote, (f"recipe={recipe.name}", *asked))])
 
 
 def is_given(recipe: Recipe, key: str) -> bool:
     """Whether the recipe or the command line gives a key."""
     return recipe.origins.get(key, "default") != "default"
+
+
+def other_recipe(name: str) -> Recipe:
+    """Compose the recipe that `job.against` names: as it is written, overrides are for the first one.
+
+    Raises:
+        InputError: all that is wrong with it.
+    """
+    try:
+        return compose([f"recipe={quote(name)}", "job=verify"])
+    except InputError as error:
+        ours = "job.against={}: {}".format
+        fix = "a recipe file that says it: overrides of this command line are for the first recipe"
+        raise InputError(
+            [replace(p, what=ours(name, p.what), fix=fix if p.code == "missing-key" else p.fix) for p in error.problems]
+        ) from error
 
 
 def options(recipe: Recipe) -> Mapping[str, Any]:

@@ -29,14 +29,19 @@ def run(recipe: Recipe) -> int:
     note(first_line(plan.to_json()))
     tokenizer = load_tokenizer(checked.index)
     prompts = read_prompts(recipe, tokenizer, plan.runtime.context)
+    _note_short(prompts, int(options(recipe)["max_new_tokens"]), plan.runtime.context)
     run = run_dir.create(recipe, plan)
     with started(recipe, plan, tokenizer.to_json(), log_dir=run.path) as (session, load_s):
         held = session.call("bytes_held")
         note(ready_line(load_s, held, plan.to_json()))
         stream = _Stream(run, prompts)
         begin = time.perf_counter()
-        for events in session.stream("generate", requests(recipe, prompts)):
-            stream.take(events)
+        try:
+            for events in session.stream("generate", requests(recipe, prompts)):
+                stream.take(events)
+        except KeyboardInterrupt:
+            note(f"\n{stream.current} of {len(prompts)} prompts written to {run.path / 'results.jsonl'}")
+            raise
         generate_s = time.perf_counter() - begin
     tokens = sum(len(result["token_ids"]) for result in stream.results.values())
     metrics = {
@@ -71,6 +76,15 @@ def requests(recipe: Recipe, prompts: list[Prompt]) -> list[Request]:
         logprobs=int(chosen["logprobs"]),
     )
     return [Request(i, prompt.ids, sampling) for i, prompt in enumerate(prompts)]
+
+
+def _note_short(prompts: list[Prompt], wanted: int, context: int) -> None:
+    """Say which answers the context can end before `max_new_tokens`."""
+    short = [i for i, prompt in enumerate(prompts) if len(prompt.ids) + wanted > context]
+    if short:
+        room = context - max(len(prompts[i].ids) for i in short)
+        many = f"{len(short)} of {len(prompts)} prompts leave" if len(prompts) > 1 else "the prompt leaves"
+        note(f"note      {many} room for {room} of {wanted} new tokens at the least (runtime.context={context})")
 
 
 @dataclass

@@ -7,10 +7,11 @@ import os
 import time
 from pathlib import Path
 
-from framework.errors import InputError, Problem
+from framework.errors import InputError, Problem, Refused
 from framework.jobs import run_dir
 from framework.jobs.common import emit, emit_json, open_checked, options, uncollected
-from framework.planning.make import make_plan
+from framework.planning.draft import draft_plan
+from framework.planning.fitting import too_big
 from framework.planning.memory import rank_weights, read_share
 from framework.planning.plan import Plan
 from framework.recipe.schema import Recipe
@@ -34,7 +35,7 @@ def run(recipe: Recipe) -> int:
     device = recipe.runtime.device
     on_cpu = device == "cpu" or (recipe.runtime.dtype == "float32" and device != "npu")
     checked = open_checked(recipe, headers_only=True)
-    plan = make_plan(checked, "cpu" if on_cpu else "npu")
+    plan = draft_plan(checked, "cpu" if on_cpu else "npu")
     document = plan.to_json()
     status = {use.row: use.status for use in checked.rows}
     if chosen["html"]:
@@ -53,6 +54,8 @@ def run(recipe: Recipe) -> int:
         case _:
             emit(against_text(found, document, (chosen["against"], path)))
     run.write_json("metrics.json", {"plan_s": seconds})
+    if problem := too_big(checked, plan):
+        raise Refused(problem)  # once the plan is shown: it says where the bytes are
     return 0
 
 

@@ -39,7 +39,7 @@ def run(recipe: Recipe) -> int:
             Problem(
                 "online-off",
                 "the recipe does not ask to quantize",
-                recipe.origins.get("quantization.online", "quantization.online"),
+                recipe.where("quantization.online"),
                 "job=quantize writes what quantization.online makes at load",
                 "quantization.online=true, and a scheme for a pattern of quantization.layers",
             )

@@ -90,7 +90,9 @@ def create(recipe: Recipe, plan: Plan | None) -> RunDirectory:
     for stale in ("metrics.json", "results.jsonl"):
         (path / stale).unlink(missing_ok=True)  # of an earlier run in the same folder
     run = RunDirectory(path)
-    run.write("recipe.yaml", yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True))
+    # the folder is not part of what is to be repeated: run again, it would write over this run
+    again = {**recipe.resolved, "run": {"dir": "auto"}}
+    run.write("recipe.yaml", yaml.safe_dump(again, sort_keys=False, allow_unicode=True))
     run.write("overrides.txt", "\n".join(recipe.overrides) + "\n")
     run.write_json("versions.json", versions())
     if plan is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from framework.errors import InputError, Problem
 from framework.geometry import Split
 from framework.jobs import run_dir, verify_drawing
-from framework.jobs.common import emit, emit_json, is_given, open_checked, options, resolve_device
+from framework.jobs.common import emit, emit_json, is_given, open_checked, options, other_recipe, resolve_device
 from framework.jobs.compare import compare
 from framework.jobs.drawing import WORDS
 from framework.jobs.ranks import started
@@ -19,8 +19,6 @@ from framework.jobs.reference import Reference, read_reference
 from framework.planning.make import make_plan
 from framework.planning.plan import Plan
 from framework.planning.runnable import require_runnable
-from framework.recipe.compose import compose
-from framework.recipe.overrides import quote
 from framework.recipe.schema import LayerRule, Recipe
 from framework.report.progress import waiting
 from framework.report.verify import verify_markdown, verify_text
@@ -80,6 +78,7 @@ def run(recipe: Recipe) -> int:
             emit(verify_markdown(document))
         case _:
             emit(verify_text(document, plan.to_json(), ok, str(against), float(chosen["min_top1"])))
+            emit(f"results   {run.path / 'verify.json'}")
     return 0 if document["ok"] else 1
 
 
@@ -199,7 +198,7 @@ def _references(recipe: Recipe, plan: Plan) -> list[Reference]:
             )
     if not chosen["against"]:
         return given
-    other = compose([f"recipe={quote(str(chosen['against']))}", "job=verify"])
+    other = other_recipe(str(chosen["against"]))
     other_plan = plan_of(other)
     prompts = [r.ids for r in given] or [_default_ids(recipe, plan.spec.vocab)]
     return [Reference(ids, logits) for ids, logits in zip(prompts, scores(other, other_plan, prompts), strict=True)]

@@ -13,7 +13,7 @@ from framework.errors import InputError, Problem, Refused
 from framework.families.calls import CALLS
 from framework.families.pipeline import Pipeline, describe_pipeline
 from framework.jobs import run_dir
-from framework.jobs.common import emit, emit_json, is_given, open_checked, options, resolve_device
+from framework.jobs.common import emit, emit_json, is_given, open_checked, options, other_recipe, resolve_device
 from framework.jobs.drawing import WORDS, Output, arguments_of, drawers
 from framework.jobs.log import note
 from framework.jobs.reference import read_arrays
@@ -21,8 +21,6 @@ from framework.planning.axes import axes
 from framework.planning.make import make_plan
 from framework.planning.plan import Plan
 from framework.planning.runnable import require_runnable
-from framework.recipe.compose import compose
-from framework.recipe.overrides import quote
 from framework.recipe.schema import JobOptions, Recipe
 from framework.report.progress import step_progress
 from framework.report.verify_drawing import drawing_markdown, drawing_text
@@ -65,7 +63,7 @@ def run(recipe: Recipe) -> int:
         note(f"note      {said}")
     ours = _drawn(recipe, plan, output)
     if chosen["against"]:
-        other = compose([f"recipe={quote(str(chosen['against']))}", "job=verify"])
+        other = other_recipe(str(chosen["against"]))
         other = replace(other, job=JobOptions("verify", chosen))
         reference = _drawn(other, *_planned(other, given)[:2])
     document = _compared(recipe, ours, reference)
@@ -79,6 +77,7 @@ def run(recipe: Recipe) -> int:
             emit(drawing_markdown(document))
         case _:
             emit(drawing_text(document, plan.to_json(), str(plan.layout), against))
+            emit(f"results   {run.path / 'verify.json'}")
     return 0 if document["ok"] else 1
 
 

@@ -10,8 +10,8 @@ from framework.checkpoint.index import Index
 from framework.errors import Problem
 from framework.planning.axes import guidance_off, ulysses_sizes
 from framework.planning.check import Capability, Checked, check
+from framework.planning.draft import planned_modules
 from framework.planning.layout import Layout
-from framework.planning.make import planned_modules
 from framework.planning.memory import held_at_once
 from framework.planning.ranks import GIB, capacity_bytes
 from framework.recipe.schema import Recipe
@@ -142,7 +142,7 @@ def _uneven(recipe: Recipe, given: Layout, devices: int) -> Problem:
     return Problem(
         "devices-uneven",
         f"{devices} devices cannot be divided into groups of {size} ranks",
-        recipe.origins.get("parallel.devices", "parallel.devices"),
+        recipe.where("parallel.devices"),
         f"the recipe asks for {given}; sizes above 1 are kept, the others are chosen",
         f"parallel.devices={size * max(1, round(devices / size))}   or   those sizes=1",
     )

@@ -283,14 +283,22 @@ def _unused(rule: Rule, matched: list[str], names: list[str]) -> Problem:
             "the first matching pattern wins",
             "move it up, or delete it",
         )
-    like = nearest(rule.pattern, names, count=3, cutoff=0.3)
+    mended, like = _mended(rule.pattern, names), nearest(rule.pattern, names, count=3, cutoff=0.3)
     return Problem(
         "pattern-unmatched",
         f"pattern {rule.pattern} matches no module of this model",
         rule.where,
         "patterns address Hugging Face module names, as globs or re:...",
-        f"nearest: {', '.join(like)}" if like else f"for example {names[0]}",
+        f"pattern: {mended}" if mended else f"nearest: {', '.join(like)}" if like else f"for example {names[0]}",
     )
+
+
+def _mended(pattern: str, names: list[str]) -> str:
+    """Return a glob with its words replaced by the model's nearest, if it matches then."""
+    words = {word for name in names for word in name.split(".")}
+    parts = [part if part in words else next(iter(nearest(part, words)), part) for part in pattern.split(".")]
+    mended = ".".join(parts)
+    return mended if not pattern.startswith("re:") and any(map(compile_pattern(mended), names)) else ""
 
 
 def _distinct(problems: Iterable[Problem]) -> list[Problem]:

@@ -33,7 +33,7 @@ def _runtime(recipe: Recipe, model: Described) -> list[Problem]:
         Problem(
             "runtime-unused",
             f"runtime.{name} has nothing to do",
-            recipe.origins.get(f"runtime.{name}", f"runtime.{name}"),
+            recipe.where(f"runtime.{name}"),
             "this pipeline has one transformer" if single else "this model writes text",
             f"runtime.{name}={off}",
         )
@@ -65,7 +65,7 @@ def _guidance(recipe: Recipe, model: Described) -> list[Problem]:
             Problem(
                 "cfg-guidance",
                 "two groups of ranks are asked for the two predictions of guidance, and one is made",
-                recipe.origins.get("parallel.cfg_size", "parallel.cfg_size"),
+                recipe.where("parallel.cfg_size"),
                 off,
                 "parallel.cfg_size=1" + ("" if "empty" in off else f"   or   job.{GUIDED[model.pipeline].word}=4"),
             )
@@ -88,7 +88,7 @@ def _tokens(recipe: Recipe, model: Described) -> list[Problem]:
         Problem(
             "ulysses-heads",
             f"{uneven[0].heads} attention heads cannot be dealt evenly to {tp_size} x {size} ranks",
-            recipe.origins.get("parallel.ulysses_size", "parallel.ulysses_size"),
+            recipe.where("parallel.ulysses_size"),
             "for attention every rank of parallel.ulysses_size takes as many heads of its tensor-parallel part",
             f"parallel.ulysses_size={' or '.join(map(str, sizes))}   or   another parallel.tp_size",
         )
@@ -99,7 +99,7 @@ def _unused(recipe: Recipe, name: str, why: str) -> Problem:
     return Problem(
         "parallel-unused",
         f"parallel.{name} has nothing to deal",
-        recipe.origins.get(f"parallel.{name}", f"parallel.{name}"),
+        recipe.where(f"parallel.{name}"),
         why,
         "parallel.tp_size=N" if name == "devices" else f"parallel.{name}=1",
     )

@@ -20,7 +20,7 @@ def _dtype(recipe: Recipe) -> list[Problem]:
         Problem(
             "dtype-device",
             "float32 is the reference mode of the CPU, this recipe asks for NPUs",
-            recipe.origins.get("runtime.dtype", "runtime.dtype"),
+            recipe.where("runtime.dtype"),
             "the NPU ops of the quantized layers take float16 and bfloat16",
             "runtime.dtype=bfloat16   or   runtime.device=cpu",
         )
@@ -35,7 +35,7 @@ def _context(recipe: Recipe, model: Described) -> list[Problem]:
         Problem(
             "context",
             f"a context of {int(context)} tokens was asked, the model has {spec.context}",
-            recipe.origins.get("runtime.context", "runtime.context"),
+            recipe.where("runtime.context"),
             "positions beyond the model's context give garbage",
             f"runtime.context={spec.context}",
         )
@@ -47,7 +47,7 @@ def _experts(recipe: Recipe, model: Described) -> list[Problem]:
     if ep_size == 1:
         return []
     moe = model.decoder.moe if model.decoder else None
-    where = recipe.origins.get("parallel.ep_size", "parallel.ep_size")
+    where = recipe.where("parallel.ep_size")
     if moe is None:
         return [
             Problem(

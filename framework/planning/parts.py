@@ -71,7 +71,7 @@ def open_indexes(path: Path, kind: str) -> dict[str, Index]:
             )
         )
     if not is_pipeline:
-        return {"": open_index(path)}
+        return {"": _with_notes(open_index(path))}
     pipeline = describe_pipeline(path)
     transformers = pipeline.transformers
     if not transformers:
@@ -128,6 +128,14 @@ def _repack(path: Path, why: str) -> Problem:
         "python launch.py job=repack job.original=/the/float/diffusers/folder job.quantized=/what/msmodelslim/wrote "
         "job.output=/a/new/folder   and then   model.path=/a/new/folder",
     )
+
+
+def _with_notes(index: Index) -> Index:
+    """Note a tokenizer that is missing: only what makes or takes text needs it."""
+    folder = index.root if index.root.is_dir() else index.root.parent
+    if "tokenizer.ggml.model" in index.metadata or (folder / "tokenizer.json").is_file():
+        return index
+    return replace(index, notes=(*index.notes, "no tokenizer beside the weights: job=generate and job=serve need one"))
 
 
 def describe_model(indexes: Mapping[str, Index], asked_format: str) -> Described:

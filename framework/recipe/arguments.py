@@ -37,6 +37,24 @@ _NOT_OURS = {
     "--config-name": "the config of this program is its own",
     "-cn": "the config of this program is its own",
 }
+# flags of other engines (SGLang's and vLLM's server arguments) and the key that does the same here
+_ELSEWHERE = {
+    "parallel.tp_size": ("--tp", "--tp-size", "--tensor-parallel-size", "-tp"),
+    "parallel.ep_size": ("--ep", "--ep-size", "--expert-parallel-size"),
+    "model.path": ("--model", "--model-path"),
+    "runtime.dtype": ("--dtype",),
+    "runtime.device": ("--device",),
+    "runtime.context": ("--context-length", "--max-model-len"),
+    "runtime.max_batch": ("--max-running-requests", "--max-num-seqs"),
+    "runtime.memory_fraction": ("--mem-fraction-static", "--gpu-memory-utilization"),
+    "runtime.seed": ("--seed", "--random-seed"),
+    "quantization.format": ("--quantization", "--load-format"),
+    "job.host": ("--host",),
+    "job.port": ("--port",),
+    "job.model_id": ("--served-model-name",),
+    "job.prompts": ("--prompt",),
+}
+_OURS = {flag: key for key, flags in _ELSEWHERE.items() for flag in flags}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +108,8 @@ def split_arguments(given: Sequence[str]) -> Arguments:
             continue
         name, equals, value = text.partition("=")
         if name not in _FLAGS:
+            if not equals and name in _OURS and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+                value = rest.pop(0)
             problems.append(_unknown(name, value))
             continue
         flag, takes = _FLAGS[name]
@@ -114,8 +134,10 @@ def split_arguments(given: Sequence[str]) -> Arguments:
 def _unknown(name: str, value: str) -> Problem:
     if name in _NOT_OURS:
         return Problem("unknown-flag", f"{name} cannot be used here", "command line", _NOT_OURS[name])
-    near = nearest(name, _FLAGS)
-    bare = name.lstrip("-").replace("-", "_")
-    fix = near[0] if near else f"{bare}={value}" if value else "--help"
+    if name in _OURS:
+        fix = f"{_OURS[name]}={value or '...'}"
+    else:
+        near = nearest(name, [flag for flag in _FLAGS if flag.startswith("--")])
+        fix = near[0] if near else "--help"
     return Problem("unknown-flag", f"there is no flag {name}", "command line",
                    "options of a run are written key=value, without dashes", fix)  # fmt: skip

@@ -45,7 +45,8 @@ def check_digest(path: Path, records: Path, expected: str | None, report: Callab
         digest = _hash(path, state.st_size, report)
         write_record(records, path, digest)
     if expected is not None and digest != expected.lower():
-        raise mismatch(str(path), expected, digest, f"delete {path} and fetch it again, or mend model.sha256")
+        fix = f"model.sha256={digest}  if this file is meant   or   fetch it again"
+        raise mismatch(str(path), expected, digest, fix)
     return digest
 
 

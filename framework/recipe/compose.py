@@ -23,7 +23,7 @@ from framework.recipe.job_options import JOBS, KIND_OF_JOB, WITHOUT_RECIPE
 from framework.recipe.locate import conf_dir, find_recipe, recipe_name, recipes_dir
 from framework.recipe.overrides import PROGRAM, prepare
 from framework.recipe.schema import GROUPS, MISSING, SECTIONS, Chip, Hardware, JobOptions, Recipe
-from framework.recipe.yaml_file import RecipeFile, anchor, read_recipe_file
+from framework.recipe.yaml_file import RecipeFile, anchor, read_recipe_file, shown
 
 __all__ = ["compose", "conf_dir", "recipes_dir", "to_recipe"]
 
@@ -107,6 +107,11 @@ def _checked(data: dict[str, Any], job: str, origins: Mapping[str, str]) -> dict
     return checked
 
 
+def _place_of(key: str, file: RecipeFile, origins: dict[str, str]) -> str:
+    place = origins.get(key, "default")
+    return shown(file.path) if place == "default" else place
+
+
 def _complete(data: dict[str, Any], job: str, file: RecipeFile | None, origins: dict[str, str]) -> None:
     """Refuse what is still missing, all at once, and a job for another kind of model."""
     missing = [key for key, value in _leaves(data) if value == MISSING]
@@ -115,8 +120,8 @@ def _complete(data: dict[str, Any], job: str, file: RecipeFile | None, origins: 
             Problem(
                 "missing-key",
                 f"the recipe leaves {', '.join(missing)} open" if len(missing) > 1 else f"`{missing[0]}` is missing",
-                origins.get(missing[0], "default") if file else "command line",
-                f"{recipe_name(file.path)} says it must be given" if file else "",
+                _place_of(missing[0], file, origins) if file else "command line",
+                f"{recipe_name(file.path)} leaves it open" if file else "",
                 " ".join(f"{key}=..." for key in missing),
             )
         )
@@ -142,7 +147,7 @@ def _of_chip(hardware: Hardware, origins: Mapping[str, str]) -> Hardware:
         raise InputError(
             Problem("unknown-value", f"no figures for the chip {hardware.variant} of tier {hardware.name}",
                     f"{origins.get('hardware.variant', 'default')}  hardware.variant",
-                    f"known: {', '.join(known)}", f"hardware.variant={near[0]}" if near else "")
+                    f"known: {', '.join(known)}", f"hardware.variant={(near or list(known))[0]}")
         )  # fmt: skip
     chip = build(Chip, read(Chip, _tree(known[hardware.variant]), "", {}, []))
     own = {f.name: getattr(hardware, f.name) or getattr(chip, f.name) for f in fields(chip)}

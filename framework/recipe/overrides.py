@@ -50,6 +50,8 @@ def prepare(given: Sequence[str], *, multirun: bool = False, running: bool = Tru
     """
     line = _Line(list(given), multirun)
     parser = OverridesParser.create()
+    if split := _split_by_shell(line.given, parser):
+        raise InputError(split)
     for i, text in enumerate(line.given):
         try:
             line.parsed[i] = parser.parse_override(text)
@@ -86,6 +88,21 @@ def known_keys(jobs: Iterable[str]) -> list[str]:
 
 def _is_hydra(override: Override) -> bool:
     return override.key_or_group == "hydra" or override.key_or_group.startswith(("hydra.", "hydra/"))
+
+
+def _split_by_shell(given: Sequence[str], parser: OverridesParser) -> Problem | None:
+    """Say it once where a list that was typed without quotes has come as its words."""
+    for i, text in enumerate(given):
+        if "=" not in text or text.count("[") <= text.count("]"):
+            continue
+        for end in range(i + 1, len(given)):
+            whole = " ".join(given[i : end + 1])
+            if whole.count("[") <= whole.count("]"):
+                key, fixed = text.partition("=")[0], _quoted(whole, parser)
+                why = "a value with spaces stands in quotes, else each word is an argument of its own"
+                fix = shlex.quote(fixed) if fixed else f"'{key}=[\"...\"]'"
+                return Problem("override-syntax", f"the shell has split the value of {key}", WHERE, why, fix)
+    return None
 
 
 def _syntax(line: _Line, i: int, parser: OverridesParser, said: str) -> None:
@@ -224,6 +241,8 @@ def _check_key(line: _Line, i: int, override: Override, mismatches: list[tuple[i
         return
     if found is None:
         near = None if _inside_list(key) else _nearest_key(key, line.jobs)
+        if near in SECTIONS and not isinstance(override._value, dict):
+            near = None  # a section takes a mapping
         line.corrected[i] = line.given[i].lstrip("+").replace(key, near, 1) if near else None
         mismatches.append((i, Mismatch(key, "unknown-key", key, _siblings(key, line.jobs), near or "")))
         return
@@ -236,6 +255,10 @@ def _check_key(line: _Line, i: int, override: Override, mismatches: list[tuple[i
     if not wrong:
         return
     better = wrong[0].instead if len(wrong) == 1 and wrong[0].key == key else ""
+    as_list: list[Mismatch] = []
+    read(found[0], [_tree(value, text)], key, found[1], as_list)
+    if not better and not isinstance(value, list | dict | Sweep) and not as_list:
+        better = f"[{text}]"
     line.corrected[i] = f"{key}={better}" if better else None
     mismatches += [(i, m) for m in wrong]
 
@@ -289,7 +312,8 @@ def _report(line: _Line, mismatches: list[tuple[int, Mismatch]]) -> None:
         what = f"{len(wrong)} values do not fit" if many else f"`{first.key}` cannot be {first.text}"
         why = [f"{m.key} takes {m.expected}" + (f", not {m.text}" if many else "") for _, m in wrong]
         code = kinds.pop() if len(kinds) == 1 else "wrong-type"
-        line.problems.append(Problem(code, what, WHERE, "\n".join(why), _fix(line, wrong) or f"{first.key}=..."))
+        fix = _fix(line, wrong) or f"{line.parsed[wrong[0][0]].key_or_group}=..."
+        line.problems.append(Problem(code, what, WHERE, "\n".join(why), fix))
 
 
 def _not_a_key(key: str) -> str:

@@ -255,6 +255,10 @@ class Recipe:
     overrides: tuple[str, ...] = ()
     resolved: Mapping[str, Any] = field(default_factory=dict)
 
+    def where(self, key: str) -> str:
+        """Return where a key was written, and the key."""
+        return f"{self.origins[key]}  {key}" if key in self.origins else key
+
 
 SECTIONS: dict[str, type] = {
     "model": Model,

@@ -168,9 +168,11 @@ class _Walk:
                     f"`{name}` has no place in a recipe",
                     key_node,
                     "a recipe is data, not Hydra config",
+                    f"leave `{name}` out; `hardware`, `cluster` and `job` choose by name",
                 )
             if name in tree:
-                self._add("duplicate-key", f"`{key}` is written twice", key_node, f"first at {self.origins[key]}")
+                first = f"first at {self.origins[key]}"
+                self._add("duplicate-key", f"`{key}` is written twice", key_node, first, "keep one of them")
                 continue
             self.origins[key] = self._place(key_node)
             tree[name] = self._any(value, key, depth + 1)
@@ -209,6 +211,8 @@ class _Walk:
         context = getattr(error, "context", None) or ""
         place = f"{self.name}:{mark.line + 1}, column {mark.column + 1}" if mark else self.name
         fix = 'quote patterns: {pattern: "*.down_proj", scheme: float}' if "alias" in context else ""
+        if not fix:
+            fix = "close what is open there (brackets, quotes), indent by spaces, a space after each colon"
         return Problem("yaml-syntax", "the recipe is not valid YAML", place, f"{context} {said}".strip(), fix)
 
 
@@ -233,7 +237,7 @@ def _group(group: str, node: Any, walk: _Walk) -> tuple[str, dict[str, Any]]:  #
                 f"there is no {group} {name.value}",
                 walk.where(f"{group}.name") if rest else walk.where(group),
                 f"known: {', '.join(known)}",
-                f"{group}: {near[0]}" if near else "",
+                f"{group}: {(near or known)[0]}",
             )
         )
     return name.value, rest

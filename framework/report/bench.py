@@ -36,6 +36,7 @@ def bench_text(document: dict[str, Any], plan: dict[str, Any], facts: dict[str, 
         "",
         f"floor     decode reads {size(read)} of weights a token a rank: {moved:.1f} GB/s at this speed",
         "          figures of this machine in this minute: compare only within one run",
+        f"results   {facts['path']}",
     ]
     return "\n".join(lines)
 

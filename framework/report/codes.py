@@ -117,6 +117,8 @@ _TABLE = {
         ("format-unsupported", NO, "The checkpoint is of a format that is not read.",
          "A format that `job=matrix` lists, or the float checkpoint."),
         ("format-mismatch", NO, "The recipe names another format than the file shows.", "`quantization.format=auto`."),
+        ("description-absent", IN, "Weights of ModelSlim without their quant_model_description.json.",
+         "Copy it from where the weights came from."),
         ("format-conflict", NO, "Two sources describe the quantization differently.",
          "Keep the right one, or pick it by `quantization.format`."),
         ("format-feature", BOTH, "The quantizer used a feature that is not run.", "Quantize without it."),

@@ -43,7 +43,9 @@ def plan_text(document: dict[str, Any], facts: dict[str, Any]) -> str:
         lines += wrapped("cache", [cache])
     lines += wrapped("notes", document["notes"])
     lines += [*wrapped("bound", bound(document)), *wrapped("assuming", document["roofline"]["assumptions"]), ""]
-    lines += [f"ok  {facts['seconds']:.1f} s, headers only, no device used", f"    {facts['path']}"]
+    fits = all(rank["fits"] for rank in document["ranks"])
+    verdict = f"ok  {facts['seconds']:.1f} s, headers only, no device used"
+    lines += [verdict if fits else "does not fit     exit status 1", f"    {facts['path']}"]
     lines.append(f"    {facts['drawn']}" if facts["drawn"] else "    draw it: job.html=plan.html")
     return "\n".join(lines)
 

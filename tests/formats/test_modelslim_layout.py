@@ -236,7 +236,8 @@ def test_a_float_linear_holds_the_bias_that_smoothing_left_it():
     ("label", "said"),
     [
         ("W8A8_DYNAMC", "is W8A8_DYNAMIC meant?"),
-        ("w8a8", "quantize with a type that is run here"),
+        ("w8a8", "is W8A8 meant?"),
+        ("Q8", "quantize with a type that is run here"),
         ("WFP8AFP8_DYNAMIC", "fp8"),
         ("W4A4_MXFP4_SVD", "low-rank"),
         ("W16A16S", "sparse"),

@@ -37,6 +37,15 @@ def test_a_refused_check_is_still_one_document(tmp_path):
     assert found["problems"][0]["code"] == "tp-heads"
 
 
+def test_a_plan_that_does_not_fit_is_still_one_document_and_a_directory(tmp_path):
+    given = ["recipe=llm/qwen3-32b-w8a8", "job=plan", "job.format=json", "hardware.variant=910B4", "parallel.tp_size=1"]
+    found = document(tmp_path, *given, status=1)
+    assert [rank["fits"] for rank in found["ranks"]] == [False]
+    assert json.loads((tmp_path / "run" / "plan.json").read_text()) == found
+    # the size that is offered is the least that deals the heads evenly and fits
+    assert [rank["fits"] for rank in document(tmp_path, *given, "parallel.tp_size=2")["ranks"]] == [True, True]
+
+
 def test_plan(tmp_path):
     found = document(tmp_path, *LOCAL, "job=plan", "parallel.tp_size=3")
     rank, module = found["ranks"][0], found["modules"][2]

@@ -1,12 +1,14 @@
 """What jobs refuse beyond a check: each with its code, its exit status, and the option that would work."""
 
 import re
+import shlex
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from framework import cli
 from framework.cluster.failures import PeerLost, Remains, Scene, digest
@@ -44,6 +46,13 @@ CASES = {
     "folders that are none": (
         ["job=repack", "recipe=diffusion/wan2.2-t2v-a14b-w8a8", "job.original=FILE", "job.quantized=FILE",
          "job.output=out"], 2, "repack-folders " * 2, "job.quantized=/a/folder"),
+    "a recipe to compare with that leaves its model open": (
+        [*LOCAL, "job=verify", "job.against=llm/local"], 2, "missing-key", "overrides of this command line"),
+    "a typed path of a recipe that assumes its model": (
+        ["recipe=llm/qwen3-32b-w8a8", "model.path=/no/model", "job=check"], 2, "model-missing", "/no/model"),
+    "more than a device holds": (
+        ["recipe=llm/qwen3-32b-w8a8", "hardware.variant=910B4", "parallel.tp_size=1", "job=plan"], 1, "memory",
+        "parallel.tp_size=2   or"),
     "a reference of another vocabulary": (VERIFY, 2, "reference-mismatch", "99999"),
 }  # fmt: skip
 
@@ -73,6 +82,24 @@ def test_a_job_that_cannot_begin_says_which_option_would_help(case, launch):
     returned, said = launch(given)
     assert (returned, re.findall(r"error\[([a-z0-9-]+)\]", said)) == (status, codes.split()), said
     assert word in said and "Traceback" not in said
+
+
+def test_a_check_names_the_next_command_with_all_that_was_typed_and_what_text_would_need(launch, tmp_path, capsys):
+    stand_in("none", "float").write(tmp_path / "a model")
+    given = [
+        "recipe=llm/local",
+        f'model.path="{tmp_path}/a model"',
+        "job=check",
+        "job.format=text",
+        "parallel.tp_size=2",
+    ]
+    status, said = launch(given)
+    assert status == 0 and "no tokenizer beside the weights" in said
+    command = shlex.split(said.split("next: ")[1])
+    assert command[:2] == ["python", "launch.py"] and "parallel.tp_size=2" in command
+    assert launch([*command[2:], "run.dir=run"])[0] == 0
+    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert saved["run"] == {"dir": "auto"} and saved["parallel"]["tp_size"] == 2
 
 
 def test_a_setting_that_the_pipeline_does_not_take_is_named(launch):

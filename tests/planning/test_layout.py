@@ -118,7 +118,7 @@ def test_weights_that_do_not_fit_are_cut_first():
     assert layout_of("parallel.devices=8")[0] == Layout(cfg_size=2, ulysses_size=4)
     layout, notes = layout_of("parallel.devices=8", "hardware.hbm_gib=32")
     assert layout == Layout(tp_size=2, cfg_size=2, ulysses_size=2)
-    assert notes[0] == "8 devices: cfg 2 x ulysses 2 x tp 2" and "27.1 GiB at tp 1, 14.0 GiB at tp 2" in notes[1]
+    assert notes[0] == "8 devices: cfg 2 x ulysses 2 x tp 2" and "27.2 GiB at tp 1, 14.1 GiB at tp 2" in notes[1]
 
 
 def test_sizes_that_a_recipe_names_are_kept():

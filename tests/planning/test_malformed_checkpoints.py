@@ -74,6 +74,11 @@ CASES = {
         of(W8, document("quant_model_description_w4a4.json", {}), lambda c: c.documents.update(
             {"quant_model_description_w8a8.json": c.documents.pop(DESCRIPTION)})), 1, "format-conflict",
         ["quant_model_description_w4a4.json", "quant_model_description_w8a8.json"]),
+    "a second description that disagrees": (
+        of(W8, document("quant_model_description_old.json", {f"{Q}.weight": "W4A4_DYNAMIC"})), 1, "format-conflict",
+        ["quant_model_description_old.json", DESCRIPTION]),
+    "no description": (
+        of(W8, lambda c: c.documents.clear()), 2, "description-absent", [DESCRIPTION, ".weight_offset"]),
     "description and quantization_config that disagree": (
         of(W8, config(quantization_config={"quant_method": "awq", "bits": 4})), 1, "format-conflict",
         ["modelslim", "awq", "quantization.format=modelslim"]),

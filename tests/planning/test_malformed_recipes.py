@@ -38,6 +38,8 @@ ASKED = {
     # patterns
     "a pattern of no module": (
         W8, [rules(("*.ffn.*", "float"))], 1, "pattern-unmatched", ["*.ffn.*", f"for example {Q}"]),
+    "a misspelt folder in a pattern": (
+        W8, [rules(("*.mpl.*", "float"))], 1, "pattern-unmatched", ["pattern: *.mlp.*"]),
     "a misspelt pattern": (W8, [rules(("*.down_porj", "float"))], 1, "pattern-unmatched", ["down_porj", "down_proj"]),
     "a pattern that never decides": (
         W8, [rules(("*", "auto"), ("*.down_proj", "float"))], 1, "pattern-shadowed", ["*.down_proj", "move it up"]),

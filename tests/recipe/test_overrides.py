@@ -201,3 +201,24 @@ def test_an_option_of_another_job_proposes_that_job():
     assert corrected("job.labels=[3]", "job=generate") == ["recipe=quickstart", "job.labels=[3]", "job=render"]
     (problem,) = problems_of("job.labels=[3]")
     assert problem.fix == "write job=render" and "option of job render" in problem.why
+
+
+def test_a_list_that_the_shell_has_split_is_one_problem():
+    (problem,) = problems_of("job.prompts=[Why", "is", "the", "sky", "blue?]", "runtime.seed=1")
+    assert problem.code == "override-syntax" and "split" in problem.what
+    assert compose(["recipe=quickstart", *shlex.split(problem.fix)]).job.options["prompts"] == ["Why is the sky blue?"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "right"), [("capability.allow=tbd", ["tbd"]), ("capability.allow=[unsupported]", None)]
+)
+def test_one_value_for_a_list_is_offered_as_a_list(typed, right):
+    problem = problems_of(typed)[-1]
+    if right is None:
+        assert problem.fix == "capability.allow=..." and "wip | tbd" in problem.why
+    else:
+        assert list(compose(corrected(typed)).capability.allow) == right
+
+
+def test_a_section_is_not_offered_for_a_key():
+    assert "parallel=" not in problems_of("paralel.x=3")[0].fix
