@@ -195,13 +195,21 @@ def place(cluster: Cluster, options: ClusterOptions, ranks: int, device: str) ->
     name = f"{GROUP_NAME}-{os.getpid()}-{secrets.token_hex(4)}"  # Ray wants another one for each replica
     group = placement_group([wanted] * ranks, strategy=options.strategy, name=name)
     try:
-        placed = group.wait(options.placement_timeout_s)
-        if not placed:
-            raise Refused(_no_place(cluster, options, ranks, wanted, group))
+        await_place(cluster, options, ranks, device, group)
     except BaseException:
         remove_placement_group(group)
         raise
     return group
+
+
+def await_place(cluster: Cluster, options: ClusterOptions, ranks: int, device: str, group: Any) -> None:  # noqa: ANN401
+    """Wait until all bundles have their place: at first, and again where Ray moves them since a node was lost.
+
+    Raises:
+        Refused: `placement`, after `placement_timeout_s`.
+    """
+    if not group.wait(options.placement_timeout_s):
+        raise Refused(_no_place(cluster, options, ranks, bundle(options, device), group))
 
 
 def _no_place(

@@ -313,7 +313,8 @@ def _maker(
         environment = {}
 
     def make(rank: int) -> Any:  # noqa: ANN401
-        # anew each time: where a node was lost, Ray has moved its bundles
+        # anew each time: where a node was lost, Ray moves its bundles
+        placement.await_place(cluster, options, len(group.bundle_specs), device, group)
         node = placement_group_table(group)["bundles_to_node_id"][rank]
         address = next(each["NodeManagerAddress"] for each in ray.nodes() if each["NodeID"] == node)
         actor = ray.remote(concurrency_groups={ASIDE: 1})(Rank).options(

@@ -20,7 +20,8 @@ from framework.serving.metrics import Metrics, Stopwatch
 from framework.serving.pictures import Drawn, Picture
 from framework.serving.protocol import ApiError
 
-ATTEMPTS = 3  # a replica that is lost so often in a row without a token in between stays away
+ATTEMPTS = 3  # a replica that is lost so often in a row without a token in between counts as gone
+MOST_PAUSE_S = 15  # between attempts: a node that was lost may come back
 PING_S = 1.0  # for all ranks to answer
 RETRY_AFTER_S = 1
 _LOG = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Replica:
     ) -> None:
         self.number, self.session = number, session
         self.ready = False
-        self.gone: BaseException | None = None
+        self.gone: BaseException | None = None  # why it does not come, or not come back; it goes on trying
         self._load, self._limits, self._metrics = load, limits, metrics
         self._numbers = itertools.count()
         self._open: dict[int, Call] = {}
@@ -159,26 +160,25 @@ class Replica:
                 return
             failures += 1
             _LOG.error("replica %d was lost: %s", self.number, error, exc_info=not isinstance(error, UserError))
-            hopeless = failures == ATTEMPTS or not came
-            self._tell_loop(self._lose, error, hopeless)
-            if hopeless:
+            self._tell_loop(self._lose, error, failures >= ATTEMPTS or not came)
+            if not came:
                 return
-            self._closing.wait(failures)
+            self._closing.wait(min(failures, MOST_PAUSE_S))
 
     def _tell_loop(self, action: Callable[..., None], *args: object) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(action, *args)
 
     def _come(self) -> None:
-        self.ready = True
+        self.ready, self.gone = True, None
         self._metrics.ready(self.number, self._limits.pages, ready=True)
         _LOG.info("replica %d serves", self.number)
 
-    def _lose(self, error: BaseException, hopeless: bool) -> None:
+    def _lose(self, error: BaseException, gone: bool) -> None:
         self.ready = False
         self._metrics.ready(self.number, self._limits.pages, ready=False)
         self._metrics.restarts.labels(self.number).inc()
-        self.gone = error if hopeless else None
+        self.gone = error if gone else None
         self.abandon(f"the model's replica was lost: {_why(error)}")
 
     def _take(self, events: Sequence[Event | Drawn]) -> None:

@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import socket
 
 import pytest
+from aiohttp import web
 
 from framework.engine.request import Failed
 from framework.errors import Problem, Refused
 from framework.serving import app as app_module
-from framework.serving import exchange
-from framework.serving.replicas import ATTEMPTS
+from framework.serving import exchange, replicas
+from framework.serving.metrics import Metrics
+from framework.serving.server import _serve
 from tests.serving.stub import ASKED, StubSession, answer, application, token, until
 
 DEATH = Refused(Problem("rank-lost", "rank 1 ended while running serve", "node a"))
@@ -221,15 +224,38 @@ def test_without_another_replica_the_request_fails_at_once_and_health_says_so():
     run(work())
 
 
-def test_a_replica_that_never_comes_back_is_given_up():
+def test_a_replica_that_does_not_come_back_counts_as_gone_until_it_does(monkeypatch):
+    monkeypatch.setattr(replicas, "MOST_PAUSE_S", 0.05)
+
     async def work():
         session = StubSession()
         async with application(session) as (client, pool):
             session.broken = DEATH
             session.die(DEATH)
-            await until(lambda: pool.replicas[0].gone is DEATH, 10)
-            assert session.loads == ATTEMPTS
+            await until(lambda: pool.replicas[0].gone is DEATH)
+            assert session.loads >= replicas.ATTEMPTS
             assert (await (await client.get("/health")).json())["replicas"] == {"0": "gone"}
+            session.broken = None
+            await until(lambda: pool.replicas[0].ready)
+            assert (await ask(client))[0] == 200
+            assert (await client.get("/health")).status == 200
+
+    run(work())
+
+
+def test_a_model_that_cannot_be_loaded_at_first_is_not_tried_again():
+    async def work():
+        session = StubSession()
+        session.broken = DEATH
+        with pytest.raises(Refused):
+            await serve_until_gone(session)
+        assert session.loads == 1
+
+    async def serve_until_gone(session):
+        metrics, limits = Metrics(), replicas.Limits(1, 1, 1)
+        pool = replicas.Pool([replicas.Replica(0, session, session.load, limits, metrics)], limits, metrics)
+        with socket.socket() as listener:
+            await _serve(lambda: web.Application(), pool, listener, lambda: None, 1)
 
     run(work())
 

@@ -22,7 +22,7 @@ SETTINGS = ("parallel.tp_size=2", "runtime.threads=1", "runtime.context=2048", "
             "runtime.dtype=float32")  # fmt: skip
 GREEDY = {"model": "local", "prompt": "The quick brown", "temperature": 0}
 LONG = GREEDY | {"max_tokens": 2000, "stream": True, "extra_body": {"ignore_eos": True}}
-# a cluster of two nodes with room for two ranks each; on each line of input it says where placement groups are
+# two nodes with room for two ranks each; a line of input takes a node away, adds one, or asks for placement groups
 CLUSTER = """
 import json, sys
 from ray.cluster_utils import Cluster
@@ -30,12 +30,16 @@ from ray.util import placement_group_table
 import ray
 node = {"num_cpus": 2, "object_store_memory": 100 << 20}
 cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
-cluster.add_node(**node)
+second = cluster.add_node(**node)
 print(cluster.address, flush=True)
 ray.init(address=cluster.address, log_to_driver=False)
 for line in sys.stdin:
+    if line == "lose\\n":
+        cluster.remove_node(second, allow_graceful=False)
+    if line == "add\\n":
+        cluster.add_node(**node)
     groups = [g for g in placement_group_table().values() if g["state"] == "CREATED"]
-    print(json.dumps([sorted(g["bundles_to_node_id"].values()) for g in groups]), flush=True)
+    print("groups", json.dumps([sorted(g["bundles_to_node_id"].values()) for g in groups]), flush=True)
 cluster.shutdown()
 """
 
@@ -86,10 +90,11 @@ def two_nodes(folder):
             text=True, env=os.environ | joins | {"RAY_TMPDIR": temporary},
         )  # fmt: skip
 
-        def groups():
-            process.stdin.write("\n")
+        def groups(order=""):
+            process.stdin.write(f"{order}\n")
             process.stdin.flush()
-            return json.loads(process.stdout.readline())
+            said = next(line for line in process.stdout if line.startswith("groups "))  # Ray speaks there too
+            return json.loads(said.removeprefix("groups "))
 
         try:
             yield joins, process.stdout.readline().strip(), groups
@@ -99,7 +104,7 @@ def two_nodes(folder):
             process.stdout.close()
 
 
-def test_replicas_on_a_cluster_answer_on_while_one_is_replaced(tmp_path):
+def test_replicas_on_a_cluster_answer_on_while_a_rank_and_then_a_node_is_replaced(tmp_path):
     with two_nodes(tmp_path) as (joins, address, groups):
         there = ("cluster=attach", f"cluster.address={address}", "cluster.cpus_per_rank=1", "job.replicas=2")
         with serving(*SETTINGS, *there, environment=joins) as server:
@@ -114,6 +119,15 @@ def test_replicas_on_a_cluster_answer_on_while_one_is_replaced(tmp_path):
             assert sum(figures[f'replica_restarts_total{{replica="{i}"}}'] for i in range(2)
                        if f'replica_restarts_total{{replica="{i}"}}' in figures) == 1  # fmt: skip
             assert server.pages_used() == 0
+            with server.client() as client:
+                expected = client.completions.create(**GREEDY, max_tokens=8).choices[0].text
+                groups("lose")
+                wait_until(lambda: server.get("/health")[0] == 503, 20, "the lost node was not noticed")
+                for _ in range(3):
+                    assert client.completions.create(**GREEDY, max_tokens=8).choices[0].text == expected
+                groups("add")
+                wait_until(lambda: server.get("/health")[0] == 200, 90, "the replica did not come to the new node")
+                assert len(server.ranks()) == 4
             assert server.interrupt() == 0
         assert groups() == []
 
