@@ -10,6 +10,7 @@ within the same rounds (median, lowest, highest). Only ratios of one run mean an
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing as mp
 import os
 import statistics
@@ -79,6 +80,8 @@ def ours(path: str, threads: int) -> Run:
     from framework.engine.request import Finished, Request, SamplingParams
 
     model = load_ours(path, threads)
+    gc.collect()
+    gc.freeze()  # as a rank does
 
     def run(ids: list[int], tokens: int) -> tuple[float, float]:
         sampling = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
@@ -198,7 +201,12 @@ def main() -> None:
     for name in given.engines:
         here, there = context.Pipe()
         context.Process(target=serve, args=(name, given.gguf, given.threads, there), daemon=True).start()
-        if (said := here.recv()) == "ready":
+        there.close()  # else the end of a process that failed would be waited for
+        try:
+            said = here.recv()
+        except EOFError:
+            said = "failed, see above"
+        if said == "ready":
             pipes[name] = here
         else:
             print(f"{name}: {said}")
