@@ -10,7 +10,8 @@ from framework.report.text import count, heading, size
 def first_line(plan: dict[str, Any], replicas: int) -> str:
     """What was understood."""
     runtime = plan["runtime"]
-    ranks = f"{plan['tp_size']} rank{'s' if plan['tp_size'] > 1 else ''} on {runtime['device']}"
+    total = len(plan["ranks"])
+    ranks = f"{total} rank{'s' if total > 1 else ''} on {runtime['device']}"
     many = f"{replicas} replicas of {ranks}" if replicas > 1 else ranks
     return heading("serve", plan["recipe"], plan["tier"], plan["tp_size"], many, runtime["dtype"])[0]
 

@@ -6,8 +6,11 @@ import pytest
 
 from framework.cli import main
 from framework.errors import InputError
+from framework.jobs.common import open_checked
 from framework.jobs.serve import read_keys
+from framework.planning.make import make_plan
 from framework.recipe.compose import compose
+from framework.report.serve import first_line
 from tests.serving.running import TINY
 
 
@@ -54,3 +57,9 @@ def test_a_name_without_an_address_is_refused(tmp_path, capsys):
     given = ["job.host=no.such.host.invalid", f"job.api_key_file={keys}", f"run.dir={tmp_path / 'run'}"]
     assert main(["recipe=llm/local", f"model.path={TINY}", "job=serve", *given]) == 1
     assert "error[port]" in capsys.readouterr().err
+
+
+def test_the_first_line_counts_all_ranks_of_a_replica():
+    recipe = compose(["recipe=diffusion/digits", "job=serve", "parallel.tp_size=2", "parallel.cfg_size=2"])
+    said = first_line(make_plan(open_checked(recipe), "cpu").to_json(), replicas=2)
+    assert "2 replicas of 4 ranks on cpu" in said
