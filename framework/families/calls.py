@@ -5,7 +5,7 @@ From the calls of diffusers 0.42; tests hold the tables against the classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,8 @@ class Settled:
 def settle(pipeline: Pipeline, given: Mapping[str, Any]) -> Settled:
     """Return the arguments for settings in a recipe's words (None, empty: left to the pipeline).
 
-    Problems: `pipeline-unsupported`; `component-missing`; `setting-unknown`; `size-multiple`; `scheduler-mismatch`.
+    Problems: `pipeline-unsupported`; `component-missing`; `setting-unknown`; `label-unknown`;
+    `size-multiple`; `scheduler-mismatch`.
     """
     call = CALLS.get(pipeline.class_name)
     if call is None:
@@ -129,6 +130,8 @@ def settle(pipeline: Pipeline, given: Mapping[str, Any]) -> Settled:
             problem, note, asked[word] = _size(word, asked[word], call.refuses(configs), call.floors(configs))
             problems += [problem] if problem else []
             notes += [note] if note else []
+    if "labels" in call.words:
+        problems += _labels(pipeline, asked.get("labels", ()), configs("transformer"))
     period = call.period(configs)
     if period > 1 and asked.get("frames", 1) % period != 1:
         frames = asked["frames"] // period * period + 1
@@ -136,6 +139,24 @@ def settle(pipeline: Pipeline, given: Mapping[str, Any]) -> Settled:
         asked["frames"] = frames
     arguments = {call.words[word]: value for word, value in asked.items() if word in call.words}
     return Settled(arguments, tuple(notes), tuple(problems), scheduler)
+
+
+def _labels(pipeline: Pipeline, labels: Iterable[int], config: Mapping[str, Any]) -> list[Problem]:
+    """Refuse labels that the model was not trained on: by its names of them, else by the size of its table."""
+    names = pipeline.options.get("id2label")
+    known = sorted(map(int, names)) if isinstance(names, Mapping) else range(int(config.get("num_embeds_ada_norm", 0)))
+    odd = sorted(set(labels) - set(known))
+    if not odd:
+        return []
+    return [
+        Problem(
+            "label-unknown",
+            f"the model has no label {', '.join(map(str, odd))}",
+            "job.labels",
+            f"it has {len(known)}, from {known[0]} to {known[-1]}" if known else "it has none",
+            f"job.labels=[{known[0]}]" if known else "job.labels=[]",
+        )
+    ]
 
 
 def _scheduler(

@@ -52,7 +52,7 @@ def open_checked(recipe: Recipe, *, headers_only: bool = False) -> Checked:
         UserError: the source cannot be had, or the headers cannot be read or understood.
     """
     assume, kind, capability = recipe.model.assume, recipe.model.kind, read_capability(recipe)
-    typed = _typed(recipe, "model.path") and not _typed(recipe, "model.assume")  # not what the recipe assumes
+    typed = is_typed(recipe, "model.path") and not is_typed(recipe, "model.assume")  # not what the recipe assumes
     if headers_only and assume is not None and not typed and not Path(recipe.model.path).exists():
         return check_arranged(recipe, assumed_indexes(assume, kind), capability)
     with transfer_progress() as progress:
@@ -61,7 +61,7 @@ def open_checked(recipe: Recipe, *, headers_only: bool = False) -> Checked:
     return check_arranged(recipe, open_indexes(Path(path), kind), capability)
 
 
-def _typed(recipe: Recipe, key: str) -> bool:
+def is_typed(recipe: Recipe, key: str) -> bool:
     """Whether a key, or one below it, was given on the command line."""
     below = (origin for name, origin in recipe.origins.items() if name == key or name.startswith(f"{key}."))
     return "command line" in below

@@ -11,7 +11,7 @@ from typing import Any
 from framework.errors import InputError, Problem
 from framework.families.pipeline import describe_pipeline
 from framework.jobs import run_dir
-from framework.jobs.common import open_checked, options, resolve_device
+from framework.jobs.common import is_typed, open_checked, options, resolve_device
 from framework.jobs.drawing import Output, arguments_of, drawers
 from framework.jobs.log import note
 from framework.planning.make import make_plan
@@ -47,7 +47,7 @@ def run(recipe: Recipe) -> int:
     shown = {
         **chosen,
         "prompts": [w.prompt for w in wanted if w.prompt],
-        "labels": [w.label for w in wanted[:1] if w.label is not None],
+        "labels": [w.label for w in wanted if w.label is not None],
     }
     shared, notes = arguments_of(describe_pipeline(checked.root), shown)
     plan = make_plan(checked, resolve_device(recipe))
@@ -141,6 +141,9 @@ def outputs(recipe: Recipe) -> list[Wanted]:
     chosen = options(recipe)
     prompts = [*chosen["prompts"], *(_lines(Path(chosen["prompt_file"])) if chosen["prompt_file"] else [])]
     labels = list(chosen["labels"])
+    words_typed = bool(prompts) and (is_typed(recipe, "job.prompts") or is_typed(recipe, "job.prompt_file"))
+    if words_typed != (bool(labels) and is_typed(recipe, "job.labels")):
+        prompts, labels = (prompts, []) if words_typed else ([], labels)  # what is typed is meant, not the recipe's
     if bool(prompts) == bool(labels):
         raise InputError(
             Problem(

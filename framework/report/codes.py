@@ -223,6 +223,7 @@ _TABLE = {
         ("pipeline-unsupported", IN, "The class of the pipeline is none that can be run.",
          "One of those that are listed; `job=check` and `job=plan` work."),
         ("setting-unknown", IN, "The pipeline takes no such setting.", "Leave it out; those that it takes are listed."),
+        ("label-unknown", IN, "The model was not trained on this label.", "A label that is named."),
         ("size-multiple", IN, "The pipeline cannot make pictures of this size.", "One of the sizes that are named."),
         ("scheduler-mismatch", IN, "The sampler does not fit what the model predicts, or how the pipeline steps.",
          "`job.scheduler=auto`, or one that is listed."),

@@ -53,6 +53,10 @@ CASES = {
     "more than a device holds": (
         ["recipe=llm/qwen3-32b-w8a8", "hardware.variant=910B4", "parallel.tp_size=1", "job=plan"], 1, "memory",
         "parallel.tp_size=2   or"),
+    "a label that the model does not know": (
+        ["recipe=diffusion/digits", "job.labels=[3,10,2000]"], 2, "label-unknown", "10, 2000"),
+    "a prompt for a pipeline of labels": (
+        ["recipe=diffusion/digits", "job.prompts=[x]"], 2, "setting-unknown", "takes no prompts"),
     "a reference of another vocabulary": (VERIFY, 2, "reference-mismatch", "99999"),
 }  # fmt: skip
 
