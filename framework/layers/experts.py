@@ -48,6 +48,8 @@ class Router(nn.Module):
             )
         if moe.renormalize and moe.scoring == "softmax":
             weights = weights / weights.sum(-1, keepdim=True)
+        elif not moe.renormalize and moe.scoring == "sigmoid":
+            weights = scores.sigmoid().gather(-1, chosen.long())
         return weights * moe.scaling, chosen
 
     def margins(self, scores: Tensor) -> Tensor:

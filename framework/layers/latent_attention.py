@@ -7,6 +7,7 @@ one KV head, and its outputs are projected to the heads' values.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from framework import ops
@@ -73,22 +74,28 @@ class LatentAttention(LeanModule):
     def _attend(self, q: Tensor, q_rotated: Tensor, latents: Tensor, rotated: Tensor, step: Step) -> Tensor:
         pages = latents.shape[0]
         keys = latents.view(pages, PAGE_TOKENS, -1)
-        return ops.npu_fused_infer_attention_score(
+        # over a latent the operator takes 1, 2, 4, .. heads: queries of zeros make up the number
+        missing = (1 << (self.heads - 1).bit_length()) - self.heads
+        if missing:
+            q, q_rotated = (F.pad(part, (0, 0, 0, missing)) for part in (q, q_rotated))
+        attended = ops.npu_fused_infer_attention_score(
             q,
             keys,
             keys,
             query_rope=q_rotated,
             key_rope=rotated.view(pages, PAGE_TOKENS, -1),
-            atten_mask=step.causal_mask,
+            # a single query sees all keys, and A5 takes no mask for it
+            atten_mask=None if step.is_decode else step.causal_mask,
             actual_seq_lengths=step.query_ends,
             actual_seq_lengths_kv=step.context_lengths,
             block_table=step.block_table,
-            num_heads=self.heads,
+            num_heads=self.heads + missing,
             scale=self.scale,
             input_layout="TND",
             num_key_value_heads=1,
-            sparse_mode=CAUSAL,
+            sparse_mode=0 if step.is_decode else CAUSAL,
             pre_tokens=WHOLE,
             next_tokens=0,
             block_size=PAGE_TOKENS,
         )[0]
+        return attended[:, : self.heads]

@@ -205,7 +205,7 @@ class RankWeights:
             return None
         parts = []
         for p, within in zip(planned, inside, strict=True):
-            rect = p.shards[self.group.rank] if p.split is Split.COLUMN else p.module.full
+            rect = p.shards[self.group.rank] if p.split in (Split.COLUMN, Split.VOCAB) else p.module.full
             if p.module.bias and not within:
                 parts.append(self.decoder.bias(p.module, rect, self.index, self.reader))
             else:

@@ -61,6 +61,15 @@ def weight_operand(
     return torch.cat([ops.npu_convert_weight_to_int4pack(chunk.to(device).int()) for chunk in chunks])
 
 
+def tiled(operand: Tensor) -> Tensor:
+    """Cast [.., R, C] to FRACTAL_NZ where its tiles of 16 rows and 32 bytes fit; matmuls take it plain, too."""
+    rows, columns = operand.shape[-2:]
+    if rows % 16 or columns * operand.element_size() % 32:
+        return operand
+    cast: Tensor = ops.npu_format_cast(operand, ops.ACL_FORMAT_FRACTAL_NZ)
+    return cast
+
+
 def stack_experts(operands: Sequence[Tensor]) -> Tensor:
     """Return one operand [E, ..] of `npu_grouped_matmul` for the operands of E weights of one shape.
 

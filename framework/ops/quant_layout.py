@@ -16,18 +16,18 @@ from torch import Tensor
 
 from framework import ops
 from framework.ops.cpu import mx, packed
-from framework.ops.layout import stack_experts
+from framework.ops.layout import stack_experts, tiled
 
 # Bytes of codes dequantized at a time: 16 to 32 MB of fp32.
 _CHUNK_BYTES = 1 << 22
+_FP8_TILES = {"customize_dtype": ops.FLOAT8_E4M3FN, "input_dtype": ops.FLOAT4_E2M1FN_X2}
 
 
 def int8_operand(codes: Tensor, device: torch.device) -> Tensor:
     """Return [K, N] for int8 codes [N, K]."""
     if device.type == "cpu":
         return codes.contiguous().t()
-    operand: Tensor = ops.npu_format_cast(codes.t().contiguous().to(device), ops.ACL_FORMAT_FRACTAL_NZ)
-    return operand
+    return tiled(codes.t().contiguous().to(device))
 
 
 def int4_operand(codes: Tensor, device: torch.device) -> Tensor:
@@ -40,12 +40,24 @@ def int4_operand(codes: Tensor, device: torch.device) -> Tensor:
     return operand
 
 
-def mx_operand(codes: Tensor, scale_bytes: Tensor, element: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+def mx_operand(
+    codes: Tensor,
+    scale_bytes: Tensor,
+    element: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    beside_fp8: bool = False,
+) -> Tensor:
     """Return the weight [K, N] (fp4 [K/2, N]) for `mx.quantize`'s codes [N, K] or [N, K/2].
+
+    `beside_fp8`: fp4 for activations in fp8, which an NPU wants in the tiles of those.
 
     For bf16 activations on the CPU it is a stand-in that only `npu_quant_matmul` reads; it goes with the scale
     `scale_bytes.transpose(0, 1)`, as any other.
     """
+    if device.type != "cpu" and beside_fp8:
+        return ops.npu_format_cast(codes.to(device), ops.ACL_FORMAT_FRACTAL_NZ, **_FP8_TILES).t()  # type: ignore[no-any-return]
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return codes.to(device).t()
     step = max(_CHUNK_BYTES // codes.shape[1], 1)
@@ -58,13 +70,20 @@ def mx_operand(codes: Tensor, scale_bytes: Tensor, element: str, dtype: torch.dt
 
 
 def mx_experts_operand(
-    codes: Sequence[Tensor], scale_bytes: Sequence[Tensor], element: str, dtype: torch.dtype, device: torch.device
+    codes: Sequence[Tensor],
+    scale_bytes: Sequence[Tensor],
+    element: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    beside_fp8: bool = False,
 ) -> Tensor:
     """Return the operand [E, K, N] (fp4 [E, K/2, N]) of all experts: on an NPU tiled before it is transposed."""
     if device.type == "cpu":
         pairs = zip(codes, scale_bytes, strict=True)
         return stack_experts([mx_operand(own, scale, element, dtype, device) for own, scale in pairs])
-    stacked: Tensor = ops.npu_format_cast(torch.stack(list(codes)).to(device), ops.ACL_FORMAT_FRACTAL_NZ)
+    tiles = _FP8_TILES if beside_fp8 else {}
+    stacked: Tensor = ops.npu_format_cast(torch.stack(list(codes)).to(device), ops.ACL_FORMAT_FRACTAL_NZ, **tiles)
     return stacked.transpose(1, 2)
 
 

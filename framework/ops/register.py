@@ -115,6 +115,9 @@ def _import_torch_npu() -> None:
                 fix="runtime.device=cpu runs the same operators on the CPU; npu-smi info lists the devices",
             )
         )
+    # without it a cast to FRACTAL_NZ does nothing; off by default on A3 (op-plugin's documents of torch_npu.npu.config)
+    torch_npu.npu.config.allow_internal_format = True
+    torch_npu.npu.set_compile_mode(jit_compile=False)  # compiled kernels of CANN, not one made for each new shape
 
 
 def _absent(error: ImportError | OSError) -> Problem:

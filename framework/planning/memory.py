@@ -49,13 +49,16 @@ def page_bytes(spec: DecoderSpec, share: HeadShare, dtype: str) -> int:
     return PAGE_TOKENS * spec.layers * spec.cache_values(share.kv1 - share.kv0) * DTYPE_BYTES[dtype]
 
 
-def workspace_bytes(spec: DecoderSpec, tp_size: int, chunk_tokens: int, max_batch: int) -> int:
-    """Activations of one prefill chunk at its widest (gate and up, fp32), and the logits of a full batch."""
+def workspace_bytes(spec: DecoderSpec, tp_size: int, ep_size: int, chunk_tokens: int, max_batch: int) -> int:
+    """Activations of one prefill chunk at its widest (gate and up, fp32), and the logits of a full batch.
+
+    Experts that are dealt to `ep_size` groups of ranks are cut over the ranks of their group alone.
+    """
     dense = -(-2 * spec.intermediate // tp_size)
     if spec.moe is None:
         widest = dense
     else:
-        routed = spec.moe.top_k * (-(-2 * spec.moe.intermediate // tp_size) + spec.hidden)
+        routed = spec.moe.top_k * (-(-2 * spec.moe.intermediate // (tp_size // ep_size)) + spec.hidden)
         widest = max(dense, routed + -(-2 * spec.moe.shared_intermediate // tp_size))
     return 4 * (chunk_tokens * (widest + 2 * spec.hidden) + max_batch * spec.vocab)
 

@@ -79,4 +79,5 @@ def capacity_bytes(checked: Checked) -> int:
 
 
 def _workspace(checked: Checked, decoder: DecoderSpec, runtime: RuntimePlan) -> int:
-    return workspace_bytes(decoder, checked.recipe.parallel.tp_size, runtime.chunk_tokens, runtime.max_batch)
+    parallel = checked.recipe.parallel
+    return workspace_bytes(decoder, parallel.tp_size, parallel.ep_size, runtime.chunk_tokens, runtime.max_batch)

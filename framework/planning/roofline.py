@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from framework.planning.memory import kv_bytes_per_token, rank_weights, read_share
+from framework.planning.memory import kv_bytes_per_token, module_bytes, read_share
 from framework.planning.plan import Plan
 from framework.recipe.schema import Hardware
 
@@ -20,7 +20,7 @@ def roofline(plan: Plan, hardware: Hardware) -> dict[str, Any]:
     weights: list[int] = []
     touched: list[int] = []
     for rank in range(plan.tp_size):
-        held = rank_weights(plan.modules, rank, dtype)
+        held = [module_bytes(planned, rank, dtype) for planned in plan.modules]  # a tied head is read like any
         shares = [read_share(planned.module, plan.spec) for planned in plan.modules]
         weights.append(round(sum(size * share for size, share in zip(held, shares, strict=True))))
         touched.append(

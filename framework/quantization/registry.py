@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from framework.quantization.schemes import float_, mx, w4a4, w4a8, w4a16, w8a8, w8a16, weight_only
 from framework.quantization.schemes.base import Operands, Scheme
 
@@ -19,6 +21,12 @@ _ALL = (
     Scheme("mxfp8", mx.prepare, mx.linear_fp8, mx.prepare_experts, mx.grouped_fp8),
     Scheme("mxfp4", mx.prepare, mx.linear_fp4, mx.prepare_experts, mx.grouped_fp4),
     Scheme("mxfp4_dualscale", mx.prepare_dual, mx.linear_dual),
-    Scheme("w4a8_mxfp", mx.prepare, mx.linear_fp8_fp4, mx.prepare_experts, mx.grouped_fp8_fp4),
+    Scheme(
+        "w4a8_mxfp",
+        partial(mx.prepare, beside_fp8=True),
+        mx.linear_fp8_fp4,
+        partial(mx.prepare_experts, beside_fp8=True),
+        mx.grouped_fp8_fp4,
+    ),
 )
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ALL}

@@ -44,6 +44,14 @@ def test_what_holds_needs_no_excuse():
     assert HOLDS(found) and "excluded" not in found
 
 
+def test_sigmoid_weights_that_are_not_renormalized_stay_as_they_are():
+    moe = Moe(experts=4, top_k=2, intermediate=8, layers=(True,), scoring="sigmoid", renormalize=False, scaling=2.0)
+    scores = torch.logit(torch.tensor([[0.9, 0.45, 0.5, 0.2]]))
+    weights, chosen = Router(torch.nn.Identity(), None, moe).choose(scores)
+    torch.testing.assert_close(weights, torch.tensor([[1.8, 1.0]]))
+    assert chosen.tolist() == [[0, 2]]
+
+
 def test_the_margin_is_between_the_last_chosen_and_the_next():
     moe = Moe(experts=4, top_k=2, intermediate=8, layers=(True,), scoring="sigmoid", correction_bias=True)
     router = Router(torch.nn.Identity(), torch.tensor([0.0, 0.1, 0.0, 0.0]), moe)

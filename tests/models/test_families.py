@@ -1,5 +1,7 @@
 """Every family equals transformers in fp32, at every position, for even and uneven tensor parallelism."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -90,8 +92,9 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp_size", [1, 2, 4, 5])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "tp_size"), [*product(FAMILIES, [1, 2, 4, 5]), ("deepseek-v3", 3)]
+)  # 3 of 8 heads over a latent: the operator takes 4
 def test_logits_equal_transformers_in_prefill_and_step_by_step(checkpoints, family, tp_size):
     folder, ids, expected = checkpoints(family)
     assert_equal(folder, ids, expected, tp_size)

@@ -13,7 +13,9 @@ raise ImportError("libhccl.so: cannot open shared object file: No such file or d
 LOADABLE = """
 import types
 import torch
-npu = types.SimpleNamespace(is_available=lambda: DEVICES > 0)
+modes = []
+npu = types.SimpleNamespace(is_available=lambda: DEVICES > 0, config=types.SimpleNamespace(),
+                            set_compile_mode=lambda **mode: modes.append(mode))
 _library = torch.library.Library("npu", "DEF")
 _library.define("npu_swiglu(Tensor input, int dim=-1) -> Tensor")
 _library.impl("npu_swiglu", lambda input, dim=-1: input.new_empty(()), "PrivateUse1")
@@ -91,8 +93,11 @@ def test_beside_torch_npu_only_cpu_kernels_are_added(tmp_path):
     assert ops.npu_swiglu is torch.ops.npu.npu_swiglu.default
     assert ops._npu_paged_attention() == "theirs"
     print(ops.npu_swiglu(torch.ones(1, 4)).shape)
+    import torch_npu
+    print(torch_npu.npu.config.allow_internal_format, torch_npu.modes)
     """
-    assert run(code, tmp_path, LOADABLE.replace("DEVICES", "1")) == "torch.Size([1, 2])\n"
+    said = run(code, tmp_path, LOADABLE.replace("DEVICES", "1"))
+    assert said == "torch.Size([1, 2])\nTrue [{'jit_compile': False}]\n"
 
 
 def test_an_npu_cannot_be_asked_for_after_the_cpu_operators_were_defined(tmp_path):

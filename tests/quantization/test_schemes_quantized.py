@@ -1,5 +1,6 @@
 """Every scheme: the quantizers' own vectors, grouped against one expert at a time, float64 formulas, cuts of K."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from framework import ops
 from framework.checkpoint.open import open_index
 from framework.checkpoint.reader import Reader
 from framework.formats.registry import LAYOUTS, decoder
 from framework.geometry import Kind, Module, Split
 from framework.loading.weights import RankWeights
+from framework.ops.layout import tiled
 from framework.quantization.registry import SCHEMES
+from framework.quantization.schemes.w4a4 import as_int64
 from tests.plans import plan_for
 from tests.quantization.weights import CASES, WITHOUT_EXPERTS, activations, inputs, values, weight
 
@@ -95,6 +99,13 @@ def test_a_linear_is_its_formula_in_float64(scheme, group):
 def test_zero_points_are_taken_off(scheme, group):
     held, x = weight(scheme, N, 768, group, zeros=True), inputs(scheme, 5, 768)
     close(linear(scheme, held, x), activations(scheme, x) @ values(held).T)
+
+
+def test_zero_points_cost_no_accuracy_in_bf16():
+    held = replace(weight("w8a8_dynamic", N, 768), zero=torch.full((N, 1), 100.0))
+    x = torch.tensor(np.random.default_rng(1).normal(1.0, 0.5, (5, 768))).bfloat16()
+    expected = activations("w8a8_dynamic", x.double().numpy()) @ values(held).T
+    close(linear("w8a8_dynamic", held, x, torch.bfloat16), expected, 4e-3)  # one rounding to bf16
 
 
 COUNTS = (2, 0, 5, 1)
@@ -181,3 +192,30 @@ def test_a_correction_is_added_once_however_many_ranks_there_are(name, size):
         assert layer.bias is None
         total = total + layer.multiply(x[:, shard.k0 : shard.k1])
     close(total, golden.vectors["y_sim"])
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_fp4_beside_fp8_is_tiled_as_fp8_on_an_npu(grouped, monkeypatch):
+    """NPU_OPS: FRACTAL_NZ with the tiles of e4m3 (292) for bytes of packed e2m1 (296), before it is transposed."""
+    casts = []
+
+    def cast(tensor, form, **how):
+        casts.append((tensor.shape[-2:], form, how))
+        return tensor
+
+    monkeypatch.setattr(ops, "npu_format_cast", cast)
+    held, on = weight("w4a8_mxfp", 64, 1024, 32), {"dtype": torch.bfloat16, "device": torch.device("meta")}
+    scheme = SCHEMES["w4a8_mxfp"]
+    operands = scheme.prepare_experts([held, held], **on) if grouped else scheme.prepare(held, **on)
+    assert casts == [((64, 512), 29, {"customize_dtype": 292, "input_dtype": 296})]
+    assert operands.weight.shape[-2:] == (512, 64) and not operands.weight.is_contiguous()
+
+
+def test_a_negative_scale_keeps_to_the_low_half_of_int64():
+    assert as_int64(torch.tensor([-0.5, 1.0])).tolist() == [0xBF000000, 0x3F800000]
+
+
+@pytest.mark.parametrize(("shape", "is_tiled"), [((64, 32), True), ((60, 32), False), ((64, 24), False)])
+def test_what_does_not_fill_tiles_stays_plain(shape, is_tiled, monkeypatch):
+    monkeypatch.setattr(ops, "npu_format_cast", lambda tensor, form: "tiled")
+    assert (tiled(torch.zeros(shape, dtype=torch.int8)) == "tiled") is is_tiled

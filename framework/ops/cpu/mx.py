@@ -204,7 +204,7 @@ def dual_level_quant_matmul(
 
     Args:
         x1: bytes [M, K/2].
-        x2: bytes [N, K/2], not transposed.
+        x2: bytes [N, K/2], uint8 or int8, not transposed.
         x1_level0_scale: fp32 [M, ceil(K/512)].
         x2_level0_scale: fp32 [ceil(K/512), N].
         x1_level1_scale: uint8 [M, ceil(K/64), 2].
@@ -216,7 +216,7 @@ def dual_level_quant_matmul(
         [M, N].
     """
     x = Operand(x1, x1_level1_scale, ELEMENTS["e2m1"], x1_level0_scale)
-    weight = Operand(x2, x2_level1_scale, ELEMENTS["e2m1"], x2_level0_scale.t())
+    weight = Operand(x2.view(torch.uint8), x2_level1_scale, ELEMENTS["e2m1"], x2_level0_scale.t())
     return multiply(x, weight, bias, packing.carrier(output_dtype))
 
 

@@ -95,6 +95,8 @@ def experts_of_rows(counts: Tensor, rows: int) -> Tensor:
 def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, **operands: object) -> Tensor:
     """Call npu_grouped_matmul for rows sorted by expert: one input, one weight [E, ...], one output."""
     given = {name: [value] if isinstance(value, Tensor) else value for name, value in operands.items()}
+    # of a single expert the count is the row's end, too, and only ends are taken there
+    kind = 0 if counts.shape[0] == 1 else 1
     return ops.npu_grouped_matmul(  # type: ignore[no-any-return]
-        [x], [weight], group_list=counts, split_item=2, group_type=0, group_list_type=1, **given
+        [x], [weight], group_list=counts, split_item=2, group_type=0, group_list_type=kind, **given
     )[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from framework import ops
+from framework.ops.layout import tiled
 from framework.ops.linear import linear as float_linear
 from framework.quantization.schemes.base import Operands, grouped_matmul
 from framework.quantization.tensor import QuantTensor
@@ -16,8 +16,7 @@ from framework.quantization.tensor import QuantTensor
 def prepare(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Dequantize where needed, cast to the activations' dtype, tile for the NPU's matmul."""
     values = weight.codes if weight.is_float else weight.dequantize()
-    operand = values.to(device=device, dtype=dtype).contiguous()
-    operand = ops.npu_format_cast(operand, ops.ACL_FORMAT_FRACTAL_NZ)
+    operand = tiled(values.to(device=device, dtype=dtype).contiguous())
     return Operands(operand, nbytes=operand.nbytes)
 
 
@@ -33,7 +32,7 @@ def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, devic
     stacked = torch.empty((len(weights), *first.shape), dtype=dtype, device=device)
     for e, weight in enumerate(weights):
         stacked[e].copy_(weight.codes if weight.is_float else weight.dequantize())
-    operand = ops.npu_format_cast(stacked, ops.ACL_FORMAT_FRACTAL_NZ)
+    operand = tiled(stacked)
     return Operands(operand.transpose(1, 2), nbytes=operand.nbytes)
 
 

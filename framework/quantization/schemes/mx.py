@@ -33,10 +33,13 @@ def _scales(weight: QuantTensor) -> Tensor:
     return scale.unflatten(1, (-1, 2)).contiguous()
 
 
-def prepare(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) -> Operands:
-    """Weight [K, N] (fp4: [K/2, N]) and scale [ceil(K/64), N, 2]: views, which the operator wants transposed alike."""
+def prepare(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device, beside_fp8: bool = False) -> Operands:
+    """Weight [K, N] (fp4: [K/2, N]) and scale [ceil(K/64), N, 2]: views, which the operator wants transposed alike.
+
+    `beside_fp8`: a weight in fp4 for activations in fp8.
+    """
     pairs = _scales(weight)
-    operand = mx_operand(_codes(weight).contiguous(), pairs, weight.element, dtype, device)
+    operand = mx_operand(_codes(weight).contiguous(), pairs, weight.element, dtype, device, beside_fp8=beside_fp8)
     scale = pairs.to(device).transpose(0, 1)
     inputs = inputs_of(weight, dtype, device)
     return Operands(operand, scale, inputs=inputs, nbytes=held_bytes(operand, scale))
@@ -57,10 +60,10 @@ def linear_fp4(x: Tensor, weight: Operands) -> Tensor:
 def linear_fp8_fp4(x: Tensor, weight: Operands) -> Tensor:
     """[T, K] -> [T, N], weights in e2m1, activations in e4m3."""
     codes, scale = ops.npu_dynamic_mx_quant(entering(x, weight), dst_type=ops.FLOAT8_E4M3FN)
-    return _product(x, codes, scale, weight, x2_dtype=FP4)
+    return _product(x, codes, scale, weight, x2_dtype=FP4, group_sizes=[0, 0, 32])
 
 
-def _product(x: Tensor, codes: Tensor, scale: Tensor, weight: Operands, **dtypes: int) -> Tensor:
+def _product(x: Tensor, codes: Tensor, scale: Tensor, weight: Operands, **others: object) -> Tensor:
     return ops.npu_quant_matmul(  # type: ignore[no-any-return]
         codes,
         weight.weight,
@@ -69,8 +72,7 @@ def _product(x: Tensor, codes: Tensor, scale: Tensor, weight: Operands, **dtypes
         pertoken_scale=scale,
         pertoken_scale_dtype=E8M0,
         output_dtype=DTYPE_NUMBERS[x.dtype],
-        group_sizes=BLOCK_GROUPS,
-        **dtypes,
+        **{"group_sizes": BLOCK_GROUPS, **others},
     )
 
 
@@ -78,8 +80,8 @@ def prepare_dual(weight: QuantTensor, *, dtype: torch.dtype, device: torch.devic
     """Weight uint8 [N, K/2], `scale` e8m0 [N, ceil(K/64), 2], `offset` the outer scale fp32 [ceil(K/512), N]."""
     if weight.outer is None:
         raise ValueError("mxfp4_dualscale takes codes with an outer scale")
-    operand = ops.npu_format_cast(_codes(weight).contiguous().to(device), ops.ACL_FORMAT_FRACTAL_NZ,
-                                  customize_dtype=ops.INT8)  # fmt: skip
+    codes = _codes(weight).contiguous().view(torch.int8).to(device)
+    operand = ops.npu_format_cast(codes, ops.ACL_FORMAT_FRACTAL_NZ, customize_dtype=ops.INT8)
     scale, outer = _scales(weight).to(device), weight.outer.float().t().contiguous().to(device)
     inputs = inputs_of(weight, dtype, device)
     return Operands(operand, scale, outer, inputs=inputs, nbytes=held_bytes(operand, scale, outer))
@@ -93,12 +95,14 @@ def linear_dual(x: Tensor, weight: Operands) -> Tensor:
     )
 
 
-def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
+def prepare_experts(
+    weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device, beside_fp8: bool = False
+) -> Operands:
     """Weight [E, K, N] (fp4: [E, K/2, N]) and scale [E, ceil(K/64), N, 2]: transposed views."""
     weights = list(weights)
     pairs = [_scales(weight) for weight in weights]
     codes = [_codes(weight).contiguous() for weight in weights]
-    operand = mx_experts_operand(codes, pairs, weights[0].element, dtype, device)
+    operand = mx_experts_operand(codes, pairs, weights[0].element, dtype, device, beside_fp8=beside_fp8)
     scale = torch.stack(pairs).to(device).transpose(1, 2)
     return Operands(operand, scale, nbytes=held_bytes(operand, scale))
 
@@ -121,7 +125,8 @@ def grouped_fp8_fp4(x: Tensor, counts: Tensor, weight: Operands) -> Tensor:
     codes, scale = ops.npu_dynamic_mx_quant(x, dst_type=ops.FLOAT8_E4M3FN)
     given = _grouped(x, scale)
     del given["scale_dtype"]
-    return grouped_matmul(codes, weight.weight, counts, antiquant_scale=weight.scale, weight_dtype=FP4, **given)
+    dtypes = {"x_dtype": ops.FLOAT8_E4M3FN, "weight_dtype": FP4}
+    return grouped_matmul(codes, weight.weight, counts, antiquant_scale=weight.scale, **dtypes, **given)
 
 
 def _grouped(x: Tensor, scale: Tensor) -> dict[str, object]:

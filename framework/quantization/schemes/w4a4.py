@@ -18,7 +18,7 @@ QUINT4X2 = 16  # of npu_dynamic_quant: torch's number of quint4x2
 
 def as_int64(scale: Tensor) -> Tensor:
     """Return fp32 scales as the grouped operator takes them: their bits in the low half of int64."""
-    return scale.float().contiguous().view(torch.int32).to(torch.int64)
+    return scale.float().contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF  # a sign stays in the low half
 
 
 def prepare(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) -> Operands:

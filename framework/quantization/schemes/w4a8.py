@@ -42,9 +42,19 @@ def prepare(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) ->
         scale = as_int64(scale.repeat_interleave(repeats, dim=1).t().contiguous()).to(device)
         inputs = inputs_of(weight, dtype, device)
         return Operands(operand, scale, group_size=OP_GROUP, inputs=inputs, nbytes=held_bytes(operand, scale))
-    operand, scale = int8_operand(codes, device), scale.t().contiguous().to(device)
+    scale = scale.t().contiguous().to(device)
+    operand = int8_operand(codes, device) if len(scale) == 1 else _pieces(codes, len(scale), device)
     inputs = inputs_of(weight, dtype, device)
     return Operands(operand, scale, inputs=inputs, nbytes=held_bytes(operand, scale))
+
+
+def _pieces(codes: Tensor, groups: int, device: torch.device) -> Tensor:
+    """Return [G, .., K/G, N] for int8 codes [.., N, K]: each group an operand of its own.
+
+    Not tiled: a part of a tiled operand is none, and tiling each would need G tensors.
+    """
+    pieces = codes.to(device).unflatten(-1, (groups, -1)).movedim(-2, 0).contiguous().transpose(-1, -2)
+    return pieces if device.type == "cpu" else pieces.contiguous()
 
 
 def _symmetric(weight: QuantTensor) -> tuple[Tensor, Tensor, int]:
@@ -80,9 +90,7 @@ def linear(x: Tensor, weight: Operands) -> Tensor:
     y = torch.zeros((), device=x.device)
     for g in range(groups):
         part = codes[:, g * size : (g + 1) * size].contiguous()
-        product = ops.npu_quant_matmul(
-            part, weight.weight[g * size : (g + 1) * size], weight.scale[g], output_dtype=DTYPE_NUMBERS[torch.int32]
-        )
+        product = ops.npu_quant_matmul(part, weight.weight[g], weight.scale[g], output_dtype=DTYPE_NUMBERS[torch.int32])
         y = y + product.float() * weight.scale[g]
     return (y * per_token.unsqueeze(1)).to(x.dtype)
 
@@ -115,8 +123,11 @@ def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, devic
         scale = as_int64(scale.repeat_interleave(repeats, dim=1).contiguous()).to(device)
         nbytes = held_bytes(operand, scale, bias)
         return Operands(operand, scale, bias=bias, group_size=group, inputs=inputs, nbytes=nbytes)
-    operand = expert_weight(weights, device)
-    scale = scale.contiguous().to(device)
+    groups, scale = scale.shape[1], scale.contiguous().to(device)
+    if groups == 1:
+        operand = expert_weight(weights, device)
+    else:
+        operand = _pieces(torch.stack([codes for codes, _, _ in forms]), groups, device)
     return Operands(operand, scale, inputs=inputs, nbytes=held_bytes(operand, scale))
 
 
@@ -137,15 +148,13 @@ def grouped(x: Tensor, counts: Tensor, weight: Operands) -> Tensor:
     assert weight.scale is not None
     groups = weight.scale.shape[1]
     size = codes.shape[-1] // groups
-    y = torch.zeros((), device=x.device)
-    for g in range(groups):
-        part, columns = codes[:, g * size : (g + 1) * size].contiguous(), weight.weight[:, g * size : (g + 1) * size]
-        y = y + grouped_matmul(
-            part,
-            columns,
-            counts,
-            scale=weight.scale[:, g].contiguous(),
-            per_token_scale=per_token,
-            output_dtype=DTYPE_NUMBERS[torch.float32],
+    if groups == 1:
+        return grouped_matmul(
+            codes, weight.weight, counts, scale=weight.scale[:, 0], per_token_scale=per_token, output_dtype=dtype
         )
-    return y.to(x.dtype)
+    y, experts = torch.zeros((), device=x.device), experts_of_rows(counts, x.shape[0])
+    for g in range(groups):
+        part = codes[:, g * size : (g + 1) * size].contiguous()
+        product = grouped_matmul(part, weight.weight[g], counts, output_dtype=DTYPE_NUMBERS[torch.int32])
+        y = y + product.float() * weight.scale[:, g][experts]
+    return (y * per_token.unsqueeze(1)).to(x.dtype)

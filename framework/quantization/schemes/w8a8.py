@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from framework import ops
+from framework.ops.layout import tiled
 from framework.ops.quant_layout import int8_operand
 from framework.quantization.schemes.base import (
     DTYPE_NUMBERS,
@@ -24,8 +25,7 @@ QINT8 = 12  # of npu_quantize: torch's number of qint8
 
 def expert_weight(weights: Sequence[QuantTensor], device: torch.device) -> Tensor:
     """Return int8 codes [N, K] of all experts as the operand [E, K, N]: a transposed view, tiled on an NPU."""
-    stacked = torch.stack([weight.codes for weight in weights]).to(device)
-    return ops.npu_format_cast(stacked, ops.ACL_FORMAT_FRACTAL_NZ).transpose(1, 2)  # type: ignore[no-any-return]
+    return tiled(torch.stack([weight.codes for weight in weights]).to(device)).transpose(1, 2)
 
 
 def prepare_static(weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -82,12 +82,14 @@ def linear_dynamic(x: Tensor, weight: Operands) -> Tensor:
     """[T, K] -> [T, N]."""
     x = entering(x, weight)
     codes, scale = ops.npu_dynamic_quant(x)
-    y = ops.npu_quant_matmul(
-        codes, weight.weight, weight.scale, pertoken_scale=scale.flatten(), output_dtype=DTYPE_NUMBERS[x.dtype]
-    )
-    if weight.offset is not None:
-        y = y - (codes.sum(-1, keepdim=True, dtype=torch.int32) * scale.reshape(-1, 1) * weight.offset).to(x.dtype)
-    return y  # type: ignore[no-any-return]
+    if weight.offset is None:
+        return ops.npu_quant_matmul(  # type: ignore[no-any-return]
+            codes, weight.weight, weight.scale, pertoken_scale=scale.flatten(), output_dtype=DTYPE_NUMBERS[x.dtype]
+        )
+    # the two terms can be far larger than their difference: in bf16 most of it would be lost
+    product = ops.npu_quant_matmul(codes, weight.weight, weight.scale, output_dtype=DTYPE_NUMBERS[torch.int32])
+    y = product.float() * weight.scale - codes.sum(-1, keepdim=True, dtype=torch.int32) * weight.offset
+    return (y * scale.reshape(-1, 1)).to(x.dtype)
 
 
 def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
