@@ -15,6 +15,16 @@ from framework.layers.submodules import LeanModule, find_submodules_directly
 PAGE_TOKENS = 128
 WHOLE = 2147483647
 CAUSAL, BAND = 3, 4  # sparse_mode of npu_fused_infer_attention_score
+# tiers with the ATB operators of a paged cache; A5 writes by npu_scatter_pa_kv_cache, and reads by the fused operator
+ATB_TIERS = ("a2", "a3")
+
+
+def write_cache(keys: Tensor, values: Tensor, cache: tuple[Tensor, Tensor], slots: Tensor, *, atb: bool) -> None:
+    """Write rows [T, KV, D] and [T, KV, Dv] to their slots of the paged cache."""
+    if atb:
+        ops._npu_reshape_and_cache(keys, values, *cache, slots)
+    else:
+        ops.npu_scatter_pa_kv_cache(keys, values, *cache, slots, cache_mode="Norm")
 
 
 @dataclass
@@ -52,6 +62,7 @@ class Attention(LeanModule):
         scale: float,
         window: int | None,
         local_rotary: bool,
+        atb: bool,
     ) -> None:
         super().__init__()
         self.qkv_proj, self.o_proj = qkv, output
@@ -60,7 +71,7 @@ class Attention(LeanModule):
         self.q_size, self.kv_size = heads * head_dim, kv_heads * head_dim
         self.scale = scale
         self.window = window
-        self.local_rotary = local_rotary
+        self.local_rotary, self.atb = local_rotary, atb
         find_submodules_directly(self)
 
     def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, Tensor]) -> Tensor:
@@ -77,13 +88,13 @@ class Attention(LeanModule):
             q = ops.npu_rotary_mul(self.q_norm(q), cos, sin).squeeze(0)
             k = ops.npu_rotary_mul(self.k_norm(k), cos, sin).squeeze(0)
         keys, values = cache
-        ops._npu_reshape_and_cache(k.contiguous(), v.squeeze(0).contiguous(), keys, values, step.slots)
+        write_cache(k.contiguous(), v.squeeze(0).contiguous(), cache, step.slots, atb=self.atb)
         attended = self._attend(q, keys, values, step)
         return self.o_proj(attended.reshape(tokens, self.q_size))
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
         windowed = self.window is not None and step.longest > self.window
-        if step.is_decode and not windowed:
+        if step.is_decode and self.atb and not windowed:
             out = torch.empty_like(q)
             ops._npu_paged_attention(
                 q,

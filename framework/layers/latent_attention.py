@@ -12,7 +12,7 @@ from torch import Tensor
 
 from framework import ops
 from framework.families.base import Mla
-from framework.layers.attention import CAUSAL, PAGE_TOKENS, WHOLE, Step
+from framework.layers.attention import CAUSAL, PAGE_TOKENS, WHOLE, Step, write_cache
 from framework.layers.linear import ParallelLinear
 from framework.layers.norm import RMSNorm
 from framework.layers.submodules import LeanModule, find_submodules_directly
@@ -35,6 +35,7 @@ class LatentAttention(LeanModule):
         *,
         heads: int,
         scale: float,
+        atb: bool,
     ) -> None:
         super().__init__()
         self.q_first, self.q_norm, self.q_second = queries
@@ -42,7 +43,7 @@ class LatentAttention(LeanModule):
         per_head = up.view(heads, mla.nope_dim + mla.v_dim, mla.kv_rank)
         self.key_up = per_head[:, : mla.nope_dim].contiguous()  # [heads, nope, rank]
         self.value_up = per_head[:, mla.nope_dim :].transpose(1, 2).contiguous()  # [heads, rank, v]
-        self.mla, self.heads, self.scale = mla, heads, scale
+        self.mla, self.heads, self.scale, self.atb = mla, heads, scale, atb
         find_submodules_directly(self)
 
     def forward(self, x: Tensor, step: Step, cache: tuple[Tensor, Tensor]) -> Tensor:
@@ -59,7 +60,7 @@ class LatentAttention(LeanModule):
         q_rotated = ops.npu_rotary_mul(self._halves(q_rotated).unsqueeze(0), cos, sin).squeeze(0)
         k_rotated = ops.npu_rotary_mul(self._halves(k_rotated.unsqueeze(1)).unsqueeze(0), cos, sin).squeeze(0)
         latents, rotated = cache
-        ops._npu_reshape_and_cache(latent, k_rotated, latents, rotated, step.slots)
+        write_cache(latent, k_rotated, cache, step.slots, atb=self.atb)
         absorbed = torch.bmm(q_plain.transpose(0, 1), self.key_up).transpose(0, 1).contiguous()
         attended = self._attend(absorbed, q_rotated, latents, rotated, step)
         values = torch.bmm(attended.transpose(0, 1), self.value_up).transpose(0, 1)

@@ -13,6 +13,7 @@ from framework.checkpoint.index import Index
 from framework.checkpoint.reader import Reader
 from framework.formats.base import Decoder
 from framework.geometry import Module, Rect, Split
+from framework.layers.attention import ATB_TIERS
 from framework.layers.group import Group
 from framework.layers.linear import ParallelLinear, Part
 from framework.loading.scales import check_values
@@ -44,6 +45,7 @@ class RankWeights:
         self.plan, self.index, self.reader, self.decoder, self.group = plan, index, reader, decoder, group
         self.device = device
         self.dtype = getattr(torch, plan.runtime.dtype)
+        self.atb = plan.tier in ATB_TIERS
         self.planned = {m.module.name: m for m in plan.modules}
         self.progress = progress
         self.prepared_bytes = 0

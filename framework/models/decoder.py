@@ -22,10 +22,14 @@ from framework.layers.submodules import LeanModule, find_submodules_directly
 
 
 class Weights(Protocol):
-    """Where the layers come from: this rank's part of each named module, decoded and prepared."""
+    """Where the layers come from: this rank's part of each named module, decoded and prepared.
+
+    `atb`: the tier has the ATB operators of a paged cache.
+    """
 
     dtype: torch.dtype
     device: torch.device
+    atb: bool
 
     def linear(self, *names: str) -> ParallelLinear:
         """Return the layer of one module, or of several over the same input."""
@@ -125,6 +129,7 @@ def _attention(spec: DecoderSpec, i: int, share: HeadShare, weights: Weights) ->
         scale=spec.attention_scale,
         window=spec.windows[i],
         local_rotary=spec.rope_local is not None and spec.windows[i] is not None,
+        atb=weights.atb,
     )
 
 
@@ -144,6 +149,7 @@ def _latent_attention(spec: DecoderSpec, i: int, share: HeadShare, weights: Weig
         mla,
         heads=share.q1 - share.q0,
         scale=spec.attention_scale,
+        atb=weights.atb,
     )
 
 

@@ -86,6 +86,21 @@ def _reshape_and_cache(
     return None
 
 
+def _scatter_pa_kv_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    compress_lens: Tensor | None = None,
+    compress_seq_offsets: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    cache_mode: str | None = "PA_NZ",
+) -> None:
+    return None
+
+
 def _paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -146,6 +161,7 @@ KERNELS = {
     "npu::npu_convert_weight_to_int4pack": _convert_weight_to_int4pack,
     "npu::npu_weight_quant_batchmatmul": _weight_quant_batchmatmul,
     "npu::npu_fused_infer_attention_score": _fused_infer_attention_score,
+    "npu::npu_scatter_pa_kv_cache": _scatter_pa_kv_cache,
     "atb::_npu_reshape_and_cache": _reshape_and_cache,
     "atb::_npu_paged_attention": _paged_attention,
     **meta_quant.KERNELS,

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from framework import ops
 from framework.loading.load import load
 from tests.models.gguf_export import export
 from tests.plans import plan_for
@@ -101,6 +102,15 @@ def test_logits_equal_transformers_in_prefill_and_step_by_step(checkpoints, fami
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "deepseek-v3"])
+def test_on_a5_no_operator_of_atb_is_called(checkpoints, family, monkeypatch):
+    for name in ("_npu_reshape_and_cache", "_npu_paged_attention"):
+        monkeypatch.setattr(ops, name, None)
+    folder, ids, expected = checkpoints(family)
+    assert_equal(folder, ids, expected, 2, "hardware=a5")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 5])
 @pytest.mark.parametrize("family", AS_GGUF)
 def test_logits_from_a_gguf_equal_transformers(checkpoints, family, tp_size):
@@ -108,8 +118,8 @@ def test_logits_from_a_gguf_equal_transformers(checkpoints, family, tp_size):
     assert_equal(folder / "model.gguf", ids, expected, tp_size)
 
 
-def assert_equal(path, ids, expected, tp_size):
-    plan = plan_for(path, tp_size=tp_size, dtype="float32")
+def assert_equal(path, ids, expected, tp_size, *given):
+    plan = plan_for(path, *given, tp_size=tp_size, dtype="float32")
 
     def work(group):
         model = load(plan, group, lambda done, total: None)

@@ -139,6 +139,11 @@ SCHEMAS = {
         "activate_left=False, int quant_mode=0, int? dst_type=None, int? round_mode=None, int? activate_dim=None, int "
         "swiglu_mode=0, float clamp_limit=7., float glu_alpha=1.702, float glu_bias=1.) -> (Tensor, Tensor)"
     ),
+    "npu::npu_scatter_pa_kv_cache": (
+        "npu::npu_scatter_pa_kv_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor "
+        "slot_mapping, *, Tensor? compress_lens=None, Tensor? compress_seq_offsets=None, Tensor? seq_lens=None, str? "
+        'cache_mode="PA_NZ") -> ()'
+    ),
     "atb::_npu_reshape_and_cache": (
         "atb::_npu_reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, "
         "Tensor(b!) value_cache, Tensor slot_indices) -> ()"

@@ -56,14 +56,25 @@ class Paged:
         self.block_size = block_size
 
 
-def test_rows_land_in_their_slots_and_negative_slots_are_skipped():
+def scatter(key, value, keys, values, slots):
+    ops.npu_scatter_pa_kv_cache(key, value, keys, values, slots, cache_mode="Norm")
+
+
+@pytest.mark.parametrize("write", [lambda *rows: ops._npu_reshape_and_cache(*rows), scatter], ids=["atb", "scatter"])
+def test_rows_land_in_their_slots_and_negative_slots_are_skipped(write):
     key, value = random(4, 2, 3), random(4, 2, 5, seed=1)
     keys, values = torch.zeros(3, 4, 2, 3), torch.zeros(3, 4, 2, 5)
-    ops._npu_reshape_and_cache(key, value, keys, values, torch.tensor([5, -1, 0, 11], dtype=torch.int32))
+    write(key, value, keys, values, torch.tensor([5, -1, 0, 11], dtype=torch.int32))
     for row, (block, offset) in {0: (1, 1), 2: (0, 0), 3: (2, 3)}.items():
         assert torch.equal(keys[block, offset], key[row])
         assert torch.equal(values[block, offset], value[row])
     assert int((keys != 0).any(-1).any(-1).sum()) == 3
+
+
+def test_a_tiled_cache_is_not_written_as_if_it_were_plain():
+    rows, cache = random(1, 2, 3), torch.zeros(2, 4, 2, 3)
+    with pytest.raises(NotImplementedError, match="Norm"):
+        ops.npu_scatter_pa_kv_cache(rows, rows, cache, cache.clone(), torch.tensor([0]))
 
 
 @pytest.mark.parametrize("slot", [6, -1])

@@ -78,6 +78,12 @@ def test_cache_operators_only_write_what_their_schema_says():
         (rows, rows, CACHE.clone(), CACHE.clone(), slots),
         test_utils=("test_schema", "test_faketensor"),
     )
+    opcheck(
+        torch.ops.npu.npu_scatter_pa_kv_cache.default,
+        (rows, rows, CACHE.clone(), CACHE.clone(), slots),
+        {"cache_mode": "Norm"},
+        test_utils=("test_schema", "test_faketensor"),
+    )
     lengths = torch.tensor([6], dtype=torch.int32)
     opcheck(
         torch.ops.atb._npu_paged_attention.default,

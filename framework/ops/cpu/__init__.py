@@ -51,6 +51,7 @@ KERNELS = {
     "npu::npu_grouped_matmul_swiglu_quant_v2": swiglu_quant.grouped_matmul_swiglu_quant_v2,
     "npu::npu_dequant_swiglu_quant": swiglu_quant.dequant_swiglu_quant,
     "npu::npu_fused_infer_attention_score": attention.fused_infer_attention_score,
+    "npu::npu_scatter_pa_kv_cache": cache.scatter_pa_kv_cache,
     "atb::_npu_reshape_and_cache": cache.reshape_and_cache,
     "atb::_npu_paged_attention": paged.paged_attention,
 }

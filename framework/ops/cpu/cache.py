@@ -29,6 +29,24 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
         cache.view(-1, *rows.shape[1:]).index_copy_(0, slots, rows.to(cache.dtype))
 
 
+def scatter_pa_kv_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    compress_lens: Tensor | None = None,
+    compress_seq_offsets: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    cache_mode: str | None = "PA_NZ",
+) -> None:
+    """Write rows as `reshape_and_cache` does, slots int32 or int64 [T]. `cache_mode` Norm: the caches are not tiled."""
+    if cache_mode != "Norm" or any(given is not None for given in (compress_lens, compress_seq_offsets, seq_lens)):
+        raise NotImplementedError("npu_scatter_pa_kv_cache: cache_mode Norm, without compression")
+    reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
+
+
 def _write_row(cache: Tensor, slot: int, row: Tensor) -> None:
     """Write [1, KV, D] to row `slot` of all blocks: one view, where narrowing a view takes two."""
     _, _, heads, size = cache.shape
