@@ -125,8 +125,7 @@ def grouped_fp8_fp4(x: Tensor, counts: Tensor, weight: Operands) -> Tensor:
     codes, scale = ops.npu_dynamic_mx_quant(x, dst_type=ops.FLOAT8_E4M3FN)
     given = _grouped(x, scale)
     del given["scale_dtype"]
-    dtypes = {"x_dtype": ops.FLOAT8_E4M3FN, "weight_dtype": FP4}
-    return grouped_matmul(codes, weight.weight, counts, antiquant_scale=weight.scale, **dtypes, **given)
+    return grouped_matmul(codes, weight.weight, counts, antiquant_scale=weight.scale, weight_dtype=FP4, **given)
 
 
 def _grouped(x: Tensor, scale: Tensor) -> dict[str, object]:
