@@ -56,11 +56,11 @@ def plan_html(document: dict[str, Any], held: list[list[int]], shares: list[floa
 
 def _said(entry: Entry, nbytes: list[int], status: dict[str, str]) -> str:
     """What a cell says when it is pointed at."""
-    scheme, row, of_row, op = runs_by(entry, status)
-    lines = [entry["name"], f"{shape(entry)} {split(entry)}", f"rank 0: {shard(entry)}, {size(nbytes[0])}"]
-    if is_weight(entry):
-        lines.append(f"{scheme}: {row}, {of_row}" if row else scheme)
-    lines += [op] if op else []
+    scheme, row, of_row, _ = runs_by(entry, status)
+    lines = [entry["name"], f"{shape(entry)} {split(entry)}"]
+    if not is_weight(entry):
+        return "\n".join(lines)
+    lines += [f"rank 0: {shard(entry)}, {size(nbytes[0])}", f"{row}, {of_row}" if row else scheme]
     return "\n".join([*lines, f"in the file: {held_as(entry)}"] if entry["label"] else lines)
 
 

@@ -104,7 +104,8 @@ def layers(document: dict[str, Any], said: Mapping[str, str]) -> Markup:
         y += 5
         for (_, part), cells in members:
             parts.append(text(0, y + 11, _short(part), "mono"))
-            parts += [_cell(entry, left + layer * pitch, y, pitch - 1.5, said[entry["name"]]) for layer, entry in cells]
+            drawn = [_cell(entry, left + layer * pitch, pitch - 1.5, said[entry["name"]]) for layer, entry in cells]
+            parts.append(el("g", *drawn, class_="cells", transform=f"translate(0,{y:g})"))
             parts.append(text(at_shape, y + 11, _one(shape, cells), "mono dim"))
             parts.append(text(at_split, y + 11, _one(split, cells), "mono dim"))
             y += 16
@@ -112,11 +113,11 @@ def layers(document: dict[str, Any], said: Mapping[str, str]) -> Markup:
     return drawing(right, y + 4, "Layers and parts by scheme", description, *parts)
 
 
-def _cell(entry: Entry, x: float, y: float, width: float, said: str) -> Markup:
+def _cell(entry: Entry, x: float, width: float, said: str) -> Markup:
     title = el("title", said)
     if is_weight(entry):
-        return el("rect", title, x=x, y=y, width=width, height=14, class_=f"cell {fill(entry['scheme'])}")
-    return el("rect", title, x=x, y=y + 5, width=width, height=4, class_="cell small")
+        return el("rect", title, x=x, width=width, height=14, class_=fill(entry["scheme"]))
+    return el("rect", title, x=x, y=5, width=width, height=4, class_="small")
 
 
 def _one(fact: Callable[[Entry], str], cells: Sequence[tuple[int, Entry]]) -> str:
