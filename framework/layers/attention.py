@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,6 +45,39 @@ class Step:
     causal_mask: Tensor
     rotary: tuple[Tensor, Tensor]
     rotary_local: tuple[Tensor, Tensor]
+    windows: dict[int, Window] = field(default_factory=dict)
+
+    def window(self, size: int) -> Window:
+        """Return the last `size` keys of each sequence, for single queries; made once for all layers of that size."""
+        if size not in self.windows:
+            self.windows[size] = Window.of(self, size)
+        return self.windows[size]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The pages that hold the last keys of each sequence, and a mask over what stands before those in the first page.
+
+    For a single query the fused operator ignores `sparse_mode` and with it a band (npu_ops.yaml), but not a mask.
+    `block_table` int32 [B, P], `lengths` from the first of those pages on, `mask` bool [B, 1, 1, P * 128].
+    """
+
+    block_table: Tensor
+    lengths: list[int]
+    mask: Tensor
+
+    @classmethod
+    def of(cls, step: Step, size: int) -> Window:
+        """Return the window of a step of single queries."""
+        device, table = step.block_table.device, step.block_table
+        begins = [max(0, length - size) for length in step.context_lengths]
+        firsts = [begin // PAGE_TOKENS for begin in begins]
+        pages = min(-(-size // PAGE_TOKENS) + 1, table.shape[1])
+        first, begin = torch.tensor([firsts, begins], device=device).unsqueeze(-1)
+        index = (first + torch.arange(pages, device=device)).clamp(max=table.shape[1] - 1)
+        position = first * PAGE_TOKENS + torch.arange(pages * PAGE_TOKENS, device=device)
+        lengths = [length - page * PAGE_TOKENS for length, page in zip(step.context_lengths, firsts, strict=True)]
+        return cls(table.gather(1, index), lengths, (position < begin)[:, None, None])
 
 
 class Attention(LeanModule):
@@ -109,10 +142,25 @@ class Attention(LeanModule):
             )
             return out
         pages = keys.shape[0]
+        rows = keys.view(pages, PAGE_TOKENS, self.kv_size), values.view(pages, PAGE_TOKENS, self.kv_size)
+        if step.is_decode and windowed:
+            window = step.window(self.window)
+            return ops.npu_fused_infer_attention_score(
+                q.unsqueeze(1),
+                *rows,
+                atten_mask=window.mask,
+                actual_seq_lengths_kv=window.lengths,
+                block_table=window.block_table,
+                num_heads=self.heads,
+                scale=self.scale,
+                input_layout="BSND",
+                num_key_value_heads=self.kv_heads,
+                sparse_mode=0,
+                block_size=PAGE_TOKENS,
+            )[0].squeeze(1)
         return ops.npu_fused_infer_attention_score(
             q,
-            keys.view(pages, PAGE_TOKENS, self.kv_size),
-            values.view(pages, PAGE_TOKENS, self.kv_size),
+            *rows,
             atten_mask=step.causal_mask,
             actual_seq_lengths=step.query_ends,
             actual_seq_lengths_kv=step.context_lengths,

@@ -1,9 +1,11 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from framework import ops
+from framework.layers.attention import Window
 
 MASK = torch.ones(2048, 2048, dtype=torch.bool).triu_(1)
 
@@ -367,3 +369,30 @@ def test_rotated_features_of_latent_attention_are_further_features_of_queries_an
     scores = (scores * scale).masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), float("-inf"))
     expected = torch.einsum("hts,sr->thr", scores.softmax(-1), latent[:, 0].double())
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_band_means_nothing_where_every_query_has_one_row():
+    """npu_ops.yaml: sparse_mode is ignored when the query has one row."""
+    paged, query = Paged([30, 17]), random(2, 4, 8, seed=5)
+    band, _ = paged_prefill(paged, query, [1, 2], 4, sparse_mode=4, pre_tokens=9, next_tokens=0)
+    whole, _ = paged_prefill(paged, query, [1, 2], 4, sparse_mode=3)
+    assert torch.equal(band, whole)
+
+
+@pytest.mark.parametrize("window", [8, 128, 150])
+def test_single_queries_see_the_last_keys_alone(window):
+    lengths, heads = [400, 90, 129, 256], 4
+    paged, query = Paged(lengths, block_size=128), random(4, heads, 8, seed=5)
+    step = SimpleNamespace(context_lengths=lengths, block_table=paged.table)
+    found = Window.of(step, window)
+    assert found.block_table.shape[1] <= -(-window // 128) + 1
+    keys, values = (cache.flatten(2) for cache in paged.caches)
+    ours = ops.npu_fused_infer_attention_score(
+        query.unsqueeze(1), keys, values, atten_mask=found.mask, actual_seq_lengths_kv=found.lengths,
+        block_table=found.block_table, num_heads=heads, num_key_value_heads=2, scale=0.4, input_layout="BSND",
+        block_size=128,
+    )[0].squeeze(1)  # fmt: skip
+    for i, (own_keys, own_values) in enumerate(paged.sequences):
+        last = (rows[-window:] for rows in (own_keys, own_values))
+        right, _ = attention_by_definition(query[i : i + 1], *last, 0.4, lambda row, key: True)
+        torch.testing.assert_close(ours[i : i + 1].double(), right, rtol=1e-4, atol=1e-5)

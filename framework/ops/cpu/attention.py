@@ -67,7 +67,7 @@ def fused_infer_attention_score(
         The output like `query` (value head size), and fp32 lse [T, N, 1] or [B, N, S, 1] (one zero if it is
         not asked for). A row that sees no key is 0.
 
-    Hardware ignores `sparse_mode` for a query of one row (outside TND); here a band holds there, too.
+    Where every query has one row `sparse_mode` is ignored, as on hardware: of a band it sees all keys.
     """
     given = sorted(name for name, argument in unsupported.items() if isinstance(argument, Tensor) or argument)
     if given:
@@ -84,6 +84,8 @@ def fused_infer_attention_score(
         pages = tuple(_pages(given, kv_heads) for given in (key, value, key_rope) if given is not None)
         keys = _Keys(pages, [(0, length) for length in actual_seq_lengths_kv or ()], block_table.tolist())
     rule = _Rule(scale, sparse_mode, pre_tokens, next_tokens, atten_mask)
+    if sparse_mode > 1 and all(last - first == 1 for first, last in spans):
+        rule = _Rule(scale, 1, WHOLE, WHOLE, None)
     output = query.new_zeros((*queries.shape[:2], keys.stored[1].shape[-1]))
     lse = torch.zeros(queries.shape[:2] if softmax_lse_flag else 1)
     for index, (first, last) in enumerate(spans):
