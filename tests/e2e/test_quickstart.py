@@ -28,7 +28,8 @@ PACKED = [
 @pytest.fixture(scope="module")
 def reference(quickstart_model):
     """Prompt ids and greedy continuations of transformers, fp32, weights dequantized by its own reader."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     from framework.checkpoint.open import open_index
     from framework.text.chat import render_chat
@@ -40,8 +41,12 @@ def reference(quickstart_model):
         bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token,
     )  # fmt: skip
     prompts = [tokenizer.encode(text, add_special=False), tokenizer.encode(PLAIN, add_special=True)]
-    folder, name = str(quickstart_model.parent), quickstart_model.name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+    # its reader of GGUF by hand: from_pretrained takes it with accelerate alone
+    config = AutoConfig.for_model(**load_gguf_checkpoint(str(quickstart_model))["config"])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    read = load_gguf_checkpoint(str(quickstart_model), return_tensors=True, model_to_load=model)
+    assert set(model.state_dict()) - {"lm_head.weight"} <= set(read["tensors"])
+    model.load_state_dict({name: tensor.float() for name, tensor in read["tensors"].items()}, strict=False)
     found = []
     with torch.no_grad():
         for ids in prompts:
