@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from framework.checkpoint.index import Index
 from framework.checkpoint.reader import Reader
+from framework.diffusion.cache import first_block_cache
 from framework.diffusion.encoding import TEXT
 from framework.diffusion.experts import one_at_a_time
 from framework.diffusion.guidance import share_guidance
@@ -143,6 +144,12 @@ class LoadedPipeline:
         self, settings: Settings, seed: int, exact: bool, report: Callable[[dict[str, Any]], None]
     ) -> dict[str, Tensor]:
         given = dict(settings)
+        with first_block_cache(self.pipeline, given.pop("cache_threshold", None)) as reused:
+            return self._call(given, seed, exact, report) | {"reused": torch.tensor(reused())}
+
+    def _call(
+        self, given: dict[str, Any], seed: int, exact: bool, report: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Tensor]:
         scheduler = self.pipeline.scheduler = _scheduler(self._shipped, given.pop("scheduler", None))
         latents: list[Tensor] = []
         done = count(1)

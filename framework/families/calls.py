@@ -23,7 +23,8 @@ _PICTURE = {
     "height": "height",
     "width": "width",
 }
-_VIDEO = _PICTURE | {"guidance_2": "guidance_scale_2", "frames": "num_frames"}
+_CACHED = {"cache_threshold": "cache_threshold"}  # not of the call: for the transformers' own cache
+_VIDEO = _PICTURE | _CACHED | {"guidance_2": "guidance_scale_2", "frames": "num_frames"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ SCHEDULERS = {
 CALLS = {
     "WanPipeline": _wan_call(_VIDEO),
     "WanImageToVideoPipeline": _wan_call(_VIDEO | {"image": "image"}),
-    "FluxPipeline": Call(_PICTURE | {"true_guidance": "true_cfg_scale"}, floors=lambda c: 2 * _blocks(c)),
+    "FluxPipeline": Call(_PICTURE | _CACHED | {"true_guidance": "true_cfg_scale"}, floors=lambda c: 2 * _blocks(c)),
     "StableDiffusion3Pipeline": Call(
         _PICTURE, refuses=lambda c: _blocks(c) * int(c("transformer").get("patch_size", 2))
     ),

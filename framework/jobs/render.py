@@ -14,6 +14,7 @@ from framework.jobs import run_dir
 from framework.jobs.common import is_typed, open_checked, options, resolve_device
 from framework.jobs.drawing import Output, arguments_of, drawers
 from framework.jobs.log import note
+from framework.jobs.verify_drawing import apart
 from framework.planning.make import make_plan
 from framework.planning.plan import Plan
 from framework.planning.runnable import require_runnable
@@ -59,6 +60,7 @@ def run(recipe: Recipe) -> int:
     asked = [Output(one.arguments(shared), one.seed) for one in wanted]
     rows: list[list[str]] = []
     pictures: list[Any] = []
+    cache: dict[str, Any] = {}
     with drawers(recipe, plan, asked, log_dir=run.path) as (session, ready, load_s):
         held = session.call("bytes_held")
         copies = plan.layout.data_size
@@ -73,13 +75,20 @@ def run(recipe: Recipe) -> int:
                 run.write_json(f"output-{index:03d}.json", story)
                 run.append_line("results.jsonl", _result(index, wanted[index], files))
                 rows.append([str(index), str(wanted[index].seed), f"{seconds:.1f} s", files[0]])
+            if first == 0 and chosen["cache_threshold"]:
+                cache = _without_cache(session, ready[0], drawn[0], seconds)
     if len(pictures) > 1:
         save_grid(pictures, run.path / "grid.png")
     total_s = time.perf_counter() - start
-    run.write_json(
-        "metrics.json", {"load_s": load_s, "total_s": total_s, "outputs": len(wanted), "bytes_per_rank": held}
-    )
+    metrics = {"load_s": load_s, "total_s": total_s, "outputs": len(wanted), "bytes_per_rank": held}
+    run.write_json("metrics.json", metrics | ({"cache": cache} if cache else {}))
     note("\n".join(columns([["output", "seed", "time", "file"], *rows], "rrrl", indent=0)))
+    if cache:
+        note(
+            f"cache     {cache['reused']} predictions reused; output 0 drawn again without: latents "
+            f"{cache['latents_rel_l2']:.2g} apart (relative L2), pictures {cache['psnr_db']:.1f} dB, "
+            f"{cache['seconds']:.1f} s for {cache['seconds_without']:.1f} s"
+        )
     note(f"done      {len(wanted)} outputs, {total_s:.1f} s in all, {size(max(held))} of transformers a rank")
     note(f"results   {run.path}")
     return 0
@@ -95,6 +104,22 @@ def _draw(session: Any, batch: list[Output], which: str) -> list[dict[str, Any]]
             else:
                 drawn.append(event)
     return drawn
+
+
+def _without_cache(session: Any, one: Output, drawn: Mapping[str, Any], seconds: float) -> dict[str, Any]:  # noqa: ANN401
+    """Draw an output with every step computed, and say how far off the reused steps took it."""
+    plain = Output({name: value for name, value in one.arguments.items() if name != "cache_threshold"}, one.seed)
+    begin = time.perf_counter()
+    (whole,) = _draw(session, [plain], "without cache")
+    _, rel_l2, _ = apart(drawn["latents"], whole["latents"], "latents")
+    _, _, psnr = apart(drawn["frames"] / 255.0, whole["frames"] / 255.0, "frames")
+    return {
+        "reused": int(drawn["reused"]),
+        "latents_rel_l2": rel_l2,
+        "psnr_db": psnr,
+        "seconds": seconds,
+        "seconds_without": time.perf_counter() - begin,
+    }
 
 
 def _story(recipe: Recipe, plan: Plan, output: Output, wanted: Wanted, seconds: float) -> dict[str, Any]:

@@ -155,17 +155,17 @@ def _compared(recipe: Recipe, ours: Mapping[str, Array], reference: Mapping[str,
         tolerance = DEFAULT_TOLERANCE.get(recipe.runtime.dtype, 5e-2) * scale
     document: dict[str, Any] = {"ok": True, "metric": metric, "tolerance": float(tolerance)}
     if "latents" in reference:
-        max_abs, rel_l2, _ = _apart(ours["latents"], reference["latents"], "latents")
+        max_abs, rel_l2, _ = apart(ours["latents"], reference["latents"], "latents")
         document["latents"] = {"max_abs": max_abs, "rel_l2": rel_l2}
         document["ok"] &= document["latents"][metric] <= tolerance
     if "frames" in reference:
-        max_abs, _, psnr = _apart(ours["frames"], reference["frames"], "frames")
+        max_abs, _, psnr = apart(ours["frames"], reference["frames"], "frames")
         document["frames"] = {"max_abs": max_abs, "psnr_db": psnr, "tolerance": float(chosen["frames_tolerance"])}
         document["ok"] &= max_abs <= chosen["frames_tolerance"]
     return document
 
 
-def _apart(ours: Array, reference: Array, what: str) -> tuple[float, float, float]:
+def apart(ours: Array, reference: Array, what: str) -> tuple[float, float, float]:
     """Return the largest distance, the relative L2 distance and the PSNR in dB of a peak of 1 (200: equal).
 
     What is not finite is as far as can be.

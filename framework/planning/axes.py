@@ -9,14 +9,31 @@ from framework.recipe.schema import Recipe
 
 
 def axes(recipe: Recipe, model: Described) -> list[Problem]:
-    """Problems: `parallel-unused`, `cfg-guidance`, `ulysses-heads`, `runtime-unused`."""
+    """Problems: `parallel-unused`, `cfg-guidance`, `ulysses-heads`, `runtime-unused`, `cache-layout`."""
     if model.decoder:
         return _runtime(recipe, model) + [
             _unused(recipe, name, "it deals a picture's work to ranks, this model writes text")
             for name in ("cfg_size", "ulysses_size", "data_size", "devices")
             if getattr(recipe.parallel, name) not in (1, None)
         ]
-    return [*_guidance(recipe, model), *_tokens(recipe, model), *_runtime(recipe, model)]
+    return [*_guidance(recipe, model), *_tokens(recipe, model), *_runtime(recipe, model), *_cache(recipe)]
+
+
+def _cache(recipe: Recipe) -> list[Problem]:
+    """Steps are reused by what a rank sees: all ranks have to see the same, and their transformers to stay."""
+    if not recipe.job.options.get("cache_threshold"):
+        return []
+    told = {
+        "parallel.cfg_size": (recipe.parallel.cfg_size, 1, "each rank sees one of the two predictions"),
+        "parallel.ulysses_size": (recipe.parallel.ulysses_size, 1, "each rank sees some of the tokens"),
+        "runtime.offload": (recipe.runtime.offload, "none", "an expert that is dropped forgets its last step"),
+    }
+    return [
+        Problem("cache-layout", f"job.cache_threshold goes with {key}={plain} only", recipe.where(key), why,
+                f"{key}={plain}   or   job.cache_threshold=null")
+        for key, (value, plain, why) in told.items()
+        if value not in (plain, None)
+    ]  # fmt: skip
 
 
 def _runtime(recipe: Recipe, model: Described) -> list[Problem]:

@@ -88,6 +88,9 @@ class Drawing:
     """The sampler; auto: the one that the pipeline ships."""
     flow_shift: float | None = field(default=None, metadata={"above": 0})
     """How far the steps of a flow sampler lean to the noisy end."""
+    cache_threshold: float | None = field(default=None, metadata={"above": 0})
+    """A step whose first block moves less than this share from the last one's reuses what the other blocks added then
+    (diffusers' first block cache); null: every step is computed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,8 @@ _TABLE = {
          "A size that is listed."),
         ("devices-uneven", NO, "`parallel.devices` is no multiple of the ranks that other sizes ask for.",
          "A number that is named."),
+        ("cache-layout", NO, "Steps are to be reused in a layout whose ranks see different things.",
+         "The size that is named, or `job.cache_threshold=null`."),
         ("runtime-unused", NO, "An option of the runtime is for another kind of model.", "Leave it out."),
         ("context", NO, "The context is longer than the model's.", "A smaller `runtime.context`."),
         ("dtype-device", NO, "float32 is asked of NPUs.", "`runtime.dtype=bfloat16`, or `runtime.device=cpu`."),

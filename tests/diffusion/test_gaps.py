@@ -22,9 +22,9 @@ WIDE = dict(num_attention_heads=4, attention_head_dim=128, in_channels=4, out_ch
 
 
 def wide_call(name):
-    torch.manual_seed(3)
-    latents = torch.randn(1, 4, 1, 8, 8)
-    return {"hidden_states": latents, "timestep": torch.tensor([500]), "encoder_hidden_states": torch.randn(1, 5, 16)}
+    own = torch.Generator().manual_seed(3)  # ranks are threads, which share the global one
+    latents, text = torch.randn(1, 4, 1, 8, 8, generator=own), torch.randn(1, 5, 16, generator=own)
+    return {"hidden_states": latents, "timestep": torch.tensor([500]), "encoder_hidden_states": text}
 
 
 def written(root, model, kinds, scale_of=None):

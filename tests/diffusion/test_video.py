@@ -132,3 +132,33 @@ def test_another_scheduler_draws_what_diffusers_does_with_it(warm_session, pipel
     assert np.abs(made["latents"] - usual).max() > 0.05
     again = list(warm_session.stream("render", [(settings, 42)]))[-1]["latents"]
     assert np.abs(again - usual).max() <= 1e-3  # nothing is left behind
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_steps_are_reused_as_diffusers_reuses_them_and_forgotten_after(
+    warm_session, pipeline, settings, plain, tp_size
+):
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    sizes = ["runtime.dtype=float32", f"parallel.tp_size={tp_size}"]
+    given = [f'model.path="{pipeline}"', "model.kind=diffusion", "job=plan", *sizes]
+    plan = make_plan(open_checked(compose(["recipe=llm/local", *given])), "cpu")
+    warm_session.load(plan, loader=LOADER)
+    cached = list(warm_session.stream("render", [(settings | {"cache_threshold": 0.5}, 42)]))[-1]
+    assert int(cached["reused"]) > 0
+    transformers = (plain.transformer, plain.transformer_2)
+    for transformer in transformers:
+        transformer.enable_cache(FirstBlockCacheConfig(0.5))
+    try:
+        with torch.inference_mode():
+            theirs = plain(**settings, generator=torch.Generator().manual_seed(42), output_type="np").frames[0]
+    finally:
+        for transformer in transformers:
+            transformer.disable_cache()
+    assert np.abs(cached["frames"] / 255 - theirs).max() <= 2e-3 + 0.5 / 255
+    whole = list(warm_session.stream("render", [(settings, 42)]))[-1]
+    assert int(whole["reused"]) == 0
+    assert np.abs(whole["latents"] - np.load(WAN / "reference.npz")["final_latents"]).max() <= 1e-3
+    assert np.abs(whole["latents"] - cached["latents"]).max() > 1e-3

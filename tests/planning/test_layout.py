@@ -55,6 +55,9 @@ def test_a_plan_carries_its_layout_and_bytes_fall_with_tensor_parallelism_alone(
         (["parallel.ulysses_size=3"], "ulysses-heads", "40 attention heads", "ulysses_size=1 or 2 or 4 or 5"),
         (["parallel.tp_size=8", "parallel.ulysses_size=2"], "ulysses-heads", "8 x 2 ranks", "ulysses_size=1 or 5"),
         (["job.guidance=1", "parallel.cfg_size=2"], "cfg-guidance", "one is made", "job.guidance=4"),
+        (["job.cache_threshold=0.1", "parallel.cfg_size=2"], "cache-layout", "cfg_size=1", "cache_threshold=null"),
+        (["job.cache_threshold=0.1", "parallel.ulysses_size=2"], "cache-layout", "ulysses_size=1", "=null"),
+        (["job.cache_threshold=0.1", "runtime.offload=experts"], "cache-layout", "offload=none", "=null"),
     ],
 )
 def test_axes_that_a_pipeline_cannot_fill_are_refused(given, code, said, fix):
