@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from framework.jobs.common import command_of, emit, emit_json, open_checked, options, uncollected
+from framework.collector import uncollected
+from framework.jobs.common import command_of, emit, emit_json, open_checked, options
 from framework.planning.check import Checked
 from framework.recipe.schema import Recipe
 from framework.report.check import check_markdown, check_text

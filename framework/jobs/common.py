@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 from framework.capability.limits import read_limits
 from framework.capability.table import read_table
 from framework.checkpoint.open import header_bytes
+from framework.collector import uncollected
 from framework.errors import InputError, Problem, Refused
 from framework.jobs.cann import cann_version
 from framework.planning.arrange import check_arranged
@@ -27,18 +26,6 @@ from framework.recipe.overrides import quote
 from framework.recipe.schema import Recipe
 from framework.recipe.sources import resolve
 from framework.report.progress import transfer_progress
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Put off collecting garbage: headers become a million objects, none of them garbage, walked again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @uncollected()
@@ -123,6 +110,23 @@ def other_recipe(name: str) -> Recipe:
         raise InputError(
             [replace(p, what=ours(name, p.what), fix=fix if p.code == "missing-key" else p.fix) for p in error.problems]
         ) from error
+
+
+def require_reference(chosen: Mapping[str, Any]) -> None:
+    """Refuse to verify against nothing.
+
+    Raises:
+        InputError: `reference-missing`.
+    """
+    if not chosen["reference"] and not chosen["against"]:
+        raise InputError(
+            Problem(
+                "reference-missing",
+                "there is nothing to verify against",
+                "job.reference and job.against are empty",
+                fix="job.reference=FILE.npz   or   job.against=RECIPE",
+            )
+        )
 
 
 def options(recipe: Recipe) -> Mapping[str, Any]:

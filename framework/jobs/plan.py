@@ -7,9 +7,10 @@ import os
 import time
 from pathlib import Path
 
+from framework.collector import uncollected
 from framework.errors import InputError, Problem, Refused
 from framework.jobs import run_dir
-from framework.jobs.common import emit, emit_json, open_checked, options, uncollected
+from framework.jobs.common import emit, emit_json, open_checked, options
 from framework.planning.draft import draft_plan
 from framework.planning.fitting import too_big
 from framework.planning.memory import rank_weights, read_share

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from framework.families.pipeline import describe_pipeline
 from framework.jobs import run_dir
 from framework.jobs.common import open_checked, options, resolve_device
 from framework.jobs.drawing import arguments_of
+from framework.jobs.log import note
 from framework.planning.check import Checked
 from framework.planning.make import make_plan
 from framework.planning.plan import Plan
@@ -61,7 +61,7 @@ def run(recipe: Recipe) -> int:
     require_runnable(checked)
     plan = make_plan(checked, resolve_device(recipe))
     replicas = int(chosen["replicas"])
-    _note(first_line(plan.to_json(), replicas))
+    note(first_line(plan.to_json(), replicas))
     served = (_pictures if recipe.model.kind == "diffusion" else _texts)(recipe, checked, plan)
     metrics = Metrics()
     with ExitStack() as stack:
@@ -87,8 +87,8 @@ def run(recipe: Recipe) -> int:
         )
 
         def on_ready() -> None:
-            _note(ready_line(time.perf_counter() - start, plan.to_json(), replicas))
-            _note(serving_line(*listener.getsockname()[:2], served.model.id))
+            note(ready_line(time.perf_counter() - start, plan.to_json(), replicas))
+            note(serving_line(*listener.getsockname()[:2], served.model.id))
 
         serve(
             lambda: make_app(served.model, pool, metrics, keys=keys, max_body_bytes=int(chosen["max_body_mib"]) << 20),
@@ -211,8 +211,3 @@ def bound(host: str, port: int) -> socket.socket:
             Problem("port", f"{host}:{port} cannot be served at", "job.host, job.port", str(error), "job.port=0: any")
         ) from error
     return listener
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from framework.errors import InputError, Problem
 from framework.geometry import Split
 from framework.jobs import run_dir, verify_drawing
-from framework.jobs.common import emit, emit_json, is_given, open_checked, options, other_recipe, resolve_device
+from framework.jobs.common import (
+    emit,
+    emit_json,
+    is_given,
+    open_checked,
+    options,
+    other_recipe,
+    require_reference,
+    resolve_device,
+)
 from framework.jobs.compare import compare
 from framework.jobs.drawing import WORDS
 from framework.jobs.ranks import started
@@ -174,15 +183,7 @@ def _compare(ours: Array, reference: Reference, ties: list[Tie], holds: Holds) -
 
 def _references(recipe: Recipe, plan: Plan) -> list[Reference]:
     chosen = options(recipe)
-    if not chosen["reference"] and not chosen["against"]:
-        raise InputError(
-            Problem(
-                "reference-missing",
-                "there is nothing to verify against",
-                "job.reference and job.against are empty",
-                fix="job.reference=FILE.npz   or   job.against=RECIPE",
-            )
-        )
+    require_reference(chosen)
     given = read_reference(Path(chosen["reference"]), chosen["logits_key"]) if chosen["reference"] else []
     for i, reference in enumerate(given):
         ids = reference.ids or [-1]

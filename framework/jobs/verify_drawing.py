@@ -13,7 +13,16 @@ from framework.errors import InputError, Problem, Refused
 from framework.families.calls import CALLS
 from framework.families.pipeline import Pipeline, describe_pipeline
 from framework.jobs import run_dir
-from framework.jobs.common import emit, emit_json, is_given, open_checked, options, other_recipe, resolve_device
+from framework.jobs.common import (
+    emit,
+    emit_json,
+    is_given,
+    open_checked,
+    options,
+    other_recipe,
+    require_reference,
+    resolve_device,
+)
 from framework.jobs.drawing import WORDS, Output, arguments_of, drawers
 from framework.jobs.log import note
 from framework.jobs.reference import read_arrays
@@ -46,15 +55,7 @@ def run(recipe: Recipe) -> int:
     """
     start = time.perf_counter()
     chosen = options(recipe)
-    if not chosen["reference"] and not chosen["against"]:
-        raise InputError(
-            Problem(
-                "reference-missing",
-                "there is nothing to verify against",
-                "job.reference and job.against are empty",
-                fix="job.reference=FILE.npz   or   job.against=RECIPE",
-            )
-        )
+    require_reference(chosen)
     given = read_arrays(Path(chosen["reference"])) if chosen["reference"] else {}
     reference = {} if chosen["against"] else _reference(Path(chosen["reference"]), given)
     plan, output, notes = _planned(recipe, given)

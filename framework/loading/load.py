@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 from framework.capability.tiers import require_tier
 from framework.checkpoint.open import open_index
 from framework.checkpoint.reader import Reader
+from framework.collector import uncollected
 from framework.engine.cache import KVCache
 from framework.formats.registry import decoder
 from framework.layers.group import Group
@@ -34,7 +32,7 @@ def load(plan: Plan, group: Group, progress: Progress) -> LoadedModel:
     if device.type == "npu":
         require_tier(plan.tier, torch.npu.get_soc_version(), torch.npu.get_device_name())
     share = plan.ranks[group.rank].heads
-    with _without_collector(), Reader() as reader, torch.inference_mode():
+    with uncollected(), Reader() as reader, torch.inference_mode():
         index = replace(open_index(Path(plan.checkpoint)), options=plan.options)
         weights = RankWeights(plan, index, reader, decoder(plan.format), group, device, progress)
         model = Decoder(plan.spec, share, weights, group, plan.runtime.context).eval()
@@ -49,15 +47,3 @@ def load(plan: Plan, group: Group, progress: Progress) -> LoadedModel:
             device,
         )
     return LoadedModel(plan, model, cache, group, weights.prepared_bytes)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Pause Python's collector: a load makes objects that stay, and each look through them takes longer."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
