@@ -15,6 +15,8 @@ from framework.families.pipeline import Component, Pipeline
 
 Configs = Callable[[str], Mapping[str, Any]]  # the config of a component by its name; empty where there is none
 
+TEXT = ("prompt", "negative_prompt", "max_sequence_length")  # arguments that text encoders take
+
 _PICTURE = {
     "prompts": "prompt",
     "negative_prompt": "negative_prompt",
@@ -60,6 +62,11 @@ def _wan_call(words: Mapping[str, str]) -> Call:
         period=lambda configs: int(configs("vae").get("scale_factor_temporal", 4)),
         schedulers=("unipc", "flow_match_euler"),
     )
+
+
+def embedded(arguments: Mapping[str, Any], embeddings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of a call with embeddings in place of the prompts that they were made of."""
+    return {name: value for name, value in arguments.items() if name not in TEXT[:2]} | dict(embeddings)
 
 
 SCHEDULERS = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from framework.cluster.session import Session
 from framework.errors import InputError, Problem
-from framework.families.calls import settle
+from framework.families.calls import TEXT, embedded, settle
 from framework.families.pipeline import Pipeline
 from framework.jobs.ranks import load, started
 from framework.planning.plan import Plan
@@ -21,7 +21,6 @@ from framework.report.progress import waiting
 LOADER = "framework.diffusion.pipeline:load_pipeline"
 ENCODERS = "framework.diffusion.encoding:load_encoders"
 WORDS = tuple(f.name for f in fields(Drawing) if f.name != "prompt_file")
-TEXT = ("prompt", "negative_prompt", "max_sequence_length")  # arguments that text encoders take
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +82,9 @@ def drawers(
             different = [text for i, text in enumerate(asked) if text not in asked[:i]]
             with waiting(f"encoding {len(different)} prompts"):
                 made = session.call("encode", different)[0]
-            ready = [_encoded(one, text, different, made) for one, text in zip(outputs, texts, strict=True)]
+            ready = [
+                Output(embedded(one.arguments, made[different.index(text)]), one.seed)
+                for one, text in zip(outputs, texts, strict=True)
+            ]
             load(session, plan, loader=LOADER)
         yield session, ready, load_s
-
-
-def _encoded(
-    one: Output, text: Mapping[str, Any], different: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]]
-) -> Output:
-    rest = {name: value for name, value in one.arguments.items() if name not in ("prompt", "negative_prompt")}
-    return Output({**rest, **made[different.index(text)]}, one.seed)

@@ -13,7 +13,7 @@ _FLOAT32 = torch.float32
 
 # Up to so many rows reading the weight once in its own dtype is no slower.
 _NARROW_ROWS = 2
-# The most tokens that a prompt's chunk and a batch of answers make together (planning.make: CHUNK_TOKENS, AUTO_BATCH).
+# The most tokens that a prompt's chunk and a batch of answers make together (planning.draft: CHUNK_TOKENS, AUTO_BATCH).
 _CHUNK_ROWS = 640
 # Weights widened at a time: 1 MB of fp32, which the matmul then reads from the cache.
 _CHUNK_WEIGHTS = 1 << 18

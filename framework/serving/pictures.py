@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from framework.engine.inbox import Inbox
 from framework.engine.request import Load
+from framework.families.calls import TEXT, embedded
 from framework.serving.protocol import ApiError, AskedPictures
 
 LOOK_S = 5.0  # between looks at ranks that have nothing to do
-TEXT = ("prompt", "negative_prompt", "max_sequence_length")  # arguments that text encoders take
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +155,7 @@ class PictureSession:
         text = {name: arguments[name] for name in TEXT if name in arguments}
         if "prompt" not in text:
             return dict(arguments)
-        rest = {name: value for name, value in arguments.items() if name not in ("prompt", "negative_prompt")}
-        return {**rest, **self._session.call("encode", [text])[0][0]}
+        return embedded(arguments, self._session.call("encode", [text])[0][0])
 
 
 def _png(frame: Any) -> bytes:  # noqa: ANN401
