@@ -110,6 +110,8 @@ class Scheduler:
                 chunks.append(Chunk(sequence, 1, True))
             else:
                 prefill.append(sequence)
+        # in the order of their pages: a CPU multiplies neighbours in one product
+        chunks.sort(key=lambda chunk: chunk.sequence.pages[0])
         # prompts go on, slowly, even where decoding alone fills the step
         budget = max(self._chunk_tokens - len(chunks), self._chunk_tokens // 4, 1)
         for sequence in prefill:

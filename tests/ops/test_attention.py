@@ -6,6 +6,7 @@ import torch
 
 from framework import ops
 from framework.layers.attention import Window
+from framework.ops.cpu import paged as paged_kernel
 
 MASK = torch.ones(2048, 2048, dtype=torch.bool).triu_(1)
 
@@ -37,12 +38,12 @@ def random(*shape, seed=0):
 class Paged:
     """Sequences of given lengths in a cache of small pages, their pages dealt in the given order."""
 
-    def __init__(self, lengths, *, kv_heads=2, size=8, block_size=4, scattered=True, dtype=torch.float32):
+    def __init__(self, lengths, *, kv_heads=2, size=8, block_size=4, scattered=True, dtype=torch.float32, past=99.0):
         needed = [-(-length // block_size) for length in lengths]
         order = list(range(sum(needed) + 2))
         if scattered:
             order = order[1::2] + order[0::2]
-        self.caches = tuple(torch.full((len(order), block_size, kv_heads, size), 99.0, dtype=dtype) for _ in range(2))
+        self.caches = tuple(torch.full((len(order), block_size, kv_heads, size), past, dtype=dtype) for _ in range(2))
         self.table = torch.full((len(lengths), max([*needed, 1])), -1, dtype=torch.int32)
         self.sequences = []
         taken = 0
@@ -92,9 +93,14 @@ def test_one_row_lands_in_its_slot_in_the_dtype_of_the_cache(slot):
 
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("heads", [2, 6])
-@pytest.mark.parametrize("lengths", [[1], [11], [3, 17, 8, 1]])
-def test_paged_attention_reads_each_sequence_up_to_its_length(lengths, heads, scattered):
-    paged = Paged(lengths, scattered=scattered)
+@pytest.mark.parametrize("past", [99.0, math.nan, math.inf], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [[1], [11], [3, 17, 8, 1], [7, 7, 7], [5, 6, 8, 7, 2, 3, 4], [9, 12, 3, 1, 1, 4], [1, 31, 30]],
+    ids=str,
+)
+def test_paged_attention_reads_each_sequence_up_to_its_length(lengths, heads, scattered, past):
+    paged = Paged(lengths, scattered=scattered, past=past)
     query = random(len(lengths), heads, 8, seed=99)
     out = torch.full_like(query, math.nan)
     ops._npu_paged_attention(query, *paged.caches, 2, heads, 0.3, paged.table, paged.lengths, out)
@@ -103,11 +109,29 @@ def test_paged_attention_reads_each_sequence_up_to_its_length(lengths, heads, sc
         torch.testing.assert_close(out[row : row + 1].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_sequence_without_keys_yields_zeros():
-    paged = Paged([5, 0])
-    out = torch.full((2, 2, 8), math.nan)
-    ops._npu_paged_attention(random(2, 2, 8), *paged.caches, 2, 2, 1.0, paged.table, paged.lengths, out)
-    assert torch.equal(out[1], torch.zeros(2, 8))
+@pytest.mark.parametrize("lengths", [[5, 0], [0, 5, 6], [0]], ids=str)
+def test_a_sequence_without_keys_yields_zeros(lengths):
+    paged = Paged(lengths, scattered=False)
+    out = torch.full((len(lengths), 2, 8), math.nan)
+    ops._npu_paged_attention(random(len(lengths), 2, 8), *paged.caches, 2, 2, 1.0, paged.table, paged.lengths, out)
+    for row, length in enumerate(lengths):
+        assert bool((out[row] == 0).all()) == (length == 0)
+
+
+@pytest.mark.parametrize(
+    ("firsts", "lengths", "expected"),
+    [
+        ([0, 2, 4, 6], [8, 5, 7, 6], [(0, 4)]),
+        ([6, 4, 2, 0], [8, 5, 7, 6], [(0, 1), (1, 2), (2, 3), (3, 4)]),  # never backwards
+        ([0, 1, 2, 4, 6, 8], [4, 3, 2, 8, 6, 7], [(0, 3), (3, 6)]),
+        ([0, 2, 4], [8, 1, 1], [(0, 1), (1, 3)]),  # too much of it would be read for nothing
+        ([0, 4, 8], [4, 4, 12], [(0, 2), (2, 3)]),  # would end behind the cache
+    ],
+)
+def test_neighbours_at_equal_distances_are_one_product(firsts, lengths, expected):
+    tables = tuple((first, first + 1, first + 2) for first in firsts)
+    runs = paged_kernel._runs(tables, tuple(lengths), 10, 4, True)
+    assert [(run.first, run.last) for run in runs] == expected
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float32])

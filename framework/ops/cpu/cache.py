@@ -22,8 +22,8 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
             _write_row(value_cache, slot, value)
         return
     slots = slot_indices.long()
-    kept = slots >= 0
-    if not kept.all():
+    if slots.numel() and slots.min().item() < 0:
+        kept = slots >= 0
         slots, key, value = slots[kept], key[kept], value[kept]
     for rows, cache in ((key, key_cache), (value, value_cache)):
         cache.view(-1, *rows.shape[1:]).index_copy_(0, slots, rows.to(cache.dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from framework.ops.cpu.cast import narrow
 
-_norm2 = torch.linalg.vector_norm
+_norm2, _fused_rms_norm = torch.linalg.vector_norm, torch._fused_rms_norm
 
 
 def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -53,11 +53,7 @@ def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -
 
 
 def _rows(input: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    x = input.float()
-    dims = list(range(-gamma.dim(), 0))
-    rstd = x.square().mean(dims, keepdim=True).add_(epsilon).rsqrt_()
-    y = (x * rstd).mul_(gamma)
-    return narrow(y, input.dtype), rstd
+    return _fused_rms_norm(input, gamma.shape, gamma, epsilon)
 
 
 def _one_row(input: Tensor, gamma: Tensor, epsilon: float, size: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from framework.ops.linear import has_native_bfloat16, linear, of_few_heights
+from framework.ops.linear import bfloat16_rows, linear, of_few_heights
 
 _int4_matmul = torch._weight_int4pack_mm_for_cpu
 
@@ -166,7 +166,7 @@ def dequantized(form: CpuWeight, first: int, last: int) -> Tensor:
 def _multiply_dequantized(x: Tensor, form: CpuWeight) -> Tensor:
     rows, k = x.shape
     n = form.codes.shape[0]
-    dtype = torch.bfloat16 if has_native_bfloat16() else torch.float32
+    dtype = torch.bfloat16 if rows <= bfloat16_rows() else torch.float32
     wide = of_few_heights(x.to(dtype)) if dtype is torch.bfloat16 else x.to(dtype)
     block = block_rows() or n
     step = max(_CHUNK_DEQUANTIZED // k // block, 1) * block
