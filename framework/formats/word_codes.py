@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,13 @@ from framework.formats.names import stem
 from framework.formats.plain import decode as plain
 from framework.formats.words import Packing, is_quantized
 from framework.geometry import Kind, Module, Rect
+from framework.ops.nibbles import AWQ_FIELDS, Carrier, Nibbles, unpack_along_k, unpack_along_n
 from framework.quantization.tensor import QuantTensor
 
 Words = np.ndarray[Any, np.dtype[np.uint32]]
 
 # Field of a word that holds column c of those that share it, lowest bits first (AutoAWQ's gemm packing).
-FIELDS = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 1, 2, 3)}
+FIELDS = {4: AWQ_FIELDS, 8: (0, 1, 2, 3)}
 INTERLEAVED_BYTES = (0, 2, 1, 3)
 # GPTQ v1 stores zero points minus one, subtracted from the word as a whole: a zero point of 0 borrows.
 ONES = {4: 0x11111111, 8: 0x01010101}
@@ -47,8 +48,8 @@ def decode_words(
     """Return a rectangle of a module's weight.
 
     float: (code - zero) * scale in fp32 (exact for scales of 16 bits), rounded to `dtype`; any rectangle. Else codes
-    int8 [N, K] (-8..7 of 4 bits), scales fp32 [N, G], zero points too unless the file is symmetric; `order` where
-    groups follow g_idx, whose columns cannot be cut.
+    (-8..7 of 4 bits; packed as they are where the rectangle has whole words), scales fp32 [N, G], zero points too
+    unless the file is symmetric; `order` where groups follow g_idx, whose columns cannot be cut.
 
     Raises:
         Refused: `zero-points`, a symmetric file whose words say otherwise.
@@ -103,6 +104,9 @@ class _Source:
         group, order = self.held.group, self.order(rect)
         first, last = (rect.k0 // group, -(-rect.k1 // group)) if group else (0, 1)
         scale, zero = self.scales(rect, first, last), self.zeros(rect, first, last)
+        around = None if self.held.symmetric else zero - self.half
+        if order is None and (packed := self.packed(rect)) is not None:
+            return QuantTensor(packed, scale, around, group_size=group or k, bits=self.bits)
         # as the words run: along the output features, codes are the transposed view of [K, N]
         codes = torch.empty(n, k, dtype=torch.int8) if self.packing.along == "gptq" else _transposed(n, k)
         for rows, columns, chunk in self.chunks(rect):
@@ -110,8 +114,19 @@ class _Source:
         if order is not None:
             # numpy's take: four times as fast as torch's
             codes = torch.from_numpy(codes.numpy().take(order.numpy(), axis=1))
-        around = None if self.held.symmetric else zero - self.half
         return QuantTensor(codes, scale, around, group_size=group or k, bits=self.bits, order=order)
+
+    def packed(self, rect: Rect) -> Nibbles | None:
+        """Return codes of 4 bits as they lie in the file, where a rectangle has whole words."""
+        info, (n0, n1, k0, k1) = self.info("qweight"), (rect.n0, rect.n1, rect.k0, rect.k1)
+        if self.bits != 4:
+            return None
+        if self.packing.along == "gptq" and k0 % 8 == k1 % 8 == 0:
+            words = self.words(info, k0 // 8, k1 // 8, n0, n1)
+            return Nibbles((_signed(words).t().contiguous(),), Carrier.ALONG_K)
+        if self.packing.along == "awq" and self.fields == AWQ_FIELDS and n0 % 8 == n1 % 8 == 0:
+            return Nibbles((_signed(self.words(info, k0, k1, n0 // 8, n1 // 8)),), Carrier.ALONG_N)
+        return None
 
     def info(self, suffix: str) -> TensorInfo:
         return self.index.tensors[f"{self.name}.{suffix}"]
@@ -155,7 +170,7 @@ class _Source:
                 for low in range(row0, row1, step):
                     words = block[low - row0 : low - row0 + step]
                     columns = slice(low - rect.k0, low - rect.k0 + len(words))
-                    yield rows, columns, _along_n(words, self.bits, self.fields).t()[among]
+                    yield rows, columns, unpack_along_n(words, self.bits, self.fields).t()[among]
                 continue
             block = block.t()
             columns, inside = _within(rect.k0, rect.k1, row0 * along_k, row1 * along_k)
@@ -164,7 +179,7 @@ class _Source:
                 high = min(low + step, right)
                 words = block[low - left : high - left].clone(memory_format=torch.contiguous_format)
                 rows, among = _within(rect.n0, rect.n1, low * along_n, high * along_n)
-                yield rows, columns, _along_k(words, self.bits)[among, inside]
+                yield rows, columns, unpack_along_k(words, self.bits)[among, inside]
 
     def zeros(self, rect: Rect, first: int, last: int) -> Tensor:
         """Zero points [N, G] in fp32.
@@ -177,7 +192,7 @@ class _Source:
         words = self.words(self.info("qzeros"), first, last, left, -(-rect.n1 // per_word))
         if self.packing.variant == "v1":
             words = words + np.uint32(ONES[self.bits])
-        fields = _along_n(_signed(words), self.bits, self.fields).t()
+        fields = unpack_along_n(_signed(words), self.bits, self.fields).t()
         fields = fields[rect.n0 - left * per_word : rect.n1 - left * per_word]
         if self.held.symmetric and not bool((fields == self.half).all()):
             raise Refused(self.disagreement(int(fields[fields != self.half][0])))
@@ -195,10 +210,10 @@ class _Source:
         return self.reader.read(info, row0, row1, 4 * column0, 4 * column1).view(np.uint32)
 
     @property
-    def fields(self) -> Sequence[int]:
+    def fields(self) -> tuple[int, ...]:
         """Field of each column among those that share a word."""
         if self.packing.along == "gptq":
-            return range(32 // self.bits)
+            return tuple(range(32 // self.bits))
         return INTERLEAVED_BYTES if self.packing.variant == "interleaved" else FIELDS[self.bits]
 
     def disagreement(self, found: int) -> Problem:
@@ -225,41 +240,6 @@ def _signed(words: Words) -> Tensor:
 
 def _transposed(n: int, k: int) -> Tensor:
     return torch.empty(k, n, dtype=torch.int8).t()
-
-
-def _along_k(words: Tensor, bits: int) -> Tensor:
-    """Words [N, W] along the input features, contiguous -> uint8 [N, W * 32 / bits], the lowest bits first."""
-    raw = words.view(torch.uint8)
-    if bits == 8:
-        return raw
-    wide = raw.to(torch.int16)
-    wide |= wide << 4
-    wide &= 0x0F0F
-    return wide.view(torch.uint8)
-
-
-def _along_n(words: Tensor, bits: int, fields: Sequence[int]) -> Tensor:
-    """Words [R, W] along the output features -> uint8 [R, W * 32 / bits]; column c of a word is field `fields[c]`."""
-    if tuple(fields) == FIELDS[4]:
-        return _along_k(_in_order(words), bits)
-    codes = _along_k(words, bits)
-    if list(fields) == sorted(fields):
-        return codes
-    return codes.unflatten(1, (-1, len(fields)))[:, :, list(fields)].flatten(1)
-
-
-def _in_order(words: Tensor) -> Tensor:
-    """Return int32 words whose field c is the given ones' FIELDS[4][c]: a perfect shuffle of the halves of each word.
-
-    By swaps of the middle bytes, then of the middle nibbles of each half: twelve passes that run at full width, where
-    eight fields one by one take a cast and a strided copy each.
-    """
-    out = words.clone()
-    for distance, middle in ((8, 0x0000FF00), (4, 0x00F000F0)):
-        differ = (out >> distance).bitwise_xor_(out).bitwise_and_(middle)
-        out.bitwise_xor_(differ)
-        out.bitwise_xor_(differ.bitwise_left_shift_(distance))
-    return out
 
 
 def _spread(table: Tensor, groups: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from framework import ops
 from framework.ops.cpu import packed
+from framework.ops.nibbles import Nibbles
 
 # Codes widened to int32 at a time, for packing: 16 MB.
 _CHUNK_CODES = 1 << 22
 
 
 def weight_operand(
-    codes: Tensor,
+    codes: Tensor | Nibbles,
     *,
     bits: int,
     scale: Tensor,
@@ -33,7 +34,7 @@ def weight_operand(
     means nothing.
 
     Args:
-        codes: int8 [N, K], signed.
+        codes: int8 [N, K], signed; of 4 bits also as their file packs them.
         bits: 4 or 8.
         scale: [G, N] before any rounding to `dtype`.
         offset: [G, N] or None; value = (code + offset) * scale.
@@ -54,7 +55,7 @@ def weight_operand(
         if bits == 4:
             return packed.carry(form.codes.view(-1).view(torch.int32).view(k, n // 8), form)
         return packed.carry(form.codes.view(torch.int8).view(k, n), form)
-    features = codes.t().contiguous()
+    features = (codes.unpack() if isinstance(codes, Nibbles) else codes).t().contiguous()
     if bits == 8:
         return features.to(device)
     chunks = features.split(max(_CHUNK_CODES // n, 1))

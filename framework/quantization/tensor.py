@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from framework.ops.nibbles import Nibbles
+
 MX_BLOCK = 32  # elements that share an e8m0 scale
 MX_OUTER_BLOCK = 512  # elements that share an outer scale, in two-level MX
 # Values of the sixteen e2m1 codes (OCP Microscaling Formats 1.0).
@@ -19,6 +21,7 @@ class QuantTensor:
     """A logical weight [N, K], quantized or plain, on the CPU.
 
     Attributes:
+        stored: the codes, or 4-bit ones as their file packs them, in which form only some schemes take them.
         codes: [N, K]. A float weight when `scale` is None (then nothing else is set); else by `element`: `int`
             integer codes (int8, or uint8 of 8 bits), `e4m3` torch.float8_e4m3fn, `e2m1` codes 0..15 as uint8.
         scale: integers: [N, G] float with G = K / group_size (one group: per channel). MX elements: e8m0 bytes
@@ -36,7 +39,7 @@ class QuantTensor:
         whole: tensors of the weight as a whole (`input_scale`, `input_offset`).
     """
 
-    codes: Tensor
+    stored: Tensor | Nibbles
     scale: Tensor | None = None
     zero: Tensor | None = None
     minimum: Tensor | None = None
@@ -50,9 +53,14 @@ class QuantTensor:
     whole: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
+    def codes(self) -> Tensor:
+        """One element a code."""
+        return self.stored.unpack() if isinstance(self.stored, Nibbles) else self.stored
+
+    @property
     def shape(self) -> tuple[int, int]:
         """[N, K]."""
-        return tuple(self.codes.shape)  # type: ignore[return-value]
+        return tuple(self.stored.shape)  # type: ignore[return-value]
 
     @property
     def is_float(self) -> bool:
@@ -65,7 +73,7 @@ class QuantTensor:
         Raises:
             ValueError: the cut goes through a group, or through an order of the columns.
         """
-        k = self.codes.shape[1]
+        k = self.shape[1]
         if self.scale is None:
             return QuantTensor(self.codes[n0:n1, k0:k1])
         if self.order is not None and (k0, k1) != (0, k):
@@ -83,7 +91,7 @@ class QuantTensor:
         per_channel = self.scale.shape[1] == 1
         return replace(
             self,
-            codes=self.codes[n0:n1, k0:k1],
+            stored=self.codes[n0:n1, k0:k1],
             scale=groups(self.scale, self.group_size),
             zero=groups(self.zero, self.group_size),
             minimum=groups(self.minimum, self.group_size),
@@ -141,15 +149,17 @@ def concat(parts: list[QuantTensor]) -> QuantTensor:
     if not all(fusable(first, part) for part in parts):
         raise ValueError("weights of different kinds cannot be joined")
 
-    def stack(name: str) -> Tensor | None:
+    def stack(name: str) -> Tensor | Nibbles | None:
         values = [getattr(part, name) for part in parts]
         if values[0] is None:
             return None
+        if isinstance(values[0], Nibbles):
+            return replace(values[0], parts=tuple(part for value in values for part in value.parts))
         if all(value.t().is_contiguous() for value in values):
             return torch.cat([value.t() for value in values], 1).t()  # codes that stand as [K, N] stay so
         return torch.cat(values)
 
-    stacked = {name: stack(name) for name in ("codes", "scale", "zero", "minimum", "outer")}
+    stacked = {name: stack(name) for name in ("stored", "scale", "zero", "minimum", "outer")}
     rows = {name: torch.cat([part.rows[name] for part in parts]) for name in first.rows}
     return replace(first, **stacked, rows=rows)
 
@@ -163,6 +173,8 @@ def fusable(a: QuantTensor, b: QuantTensor) -> bool:
 
     def alike(name: str) -> bool:
         mine, other = getattr(a, name), getattr(b, name)
+        if isinstance(mine, Nibbles) and isinstance(other, Nibbles):
+            return (mine.carrier, mine.is_signed) == (other.carrier, other.is_signed)
         if isinstance(mine, Mapping):
             return bool(mine.keys() == other.keys()) and (
                 name == "rows" or all(torch.equal(value, other[key]) for key, value in mine.items())

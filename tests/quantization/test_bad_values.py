@@ -62,8 +62,8 @@ def test_rows_of_zeros_give_zeros(scheme, group, dtype):
     held = weight(scheme, N, K, group)
     codes = held.codes.view(torch.uint8).clone()
     codes[1], codes[N - 1] = 0, 0
-    multiplies_rightly(scheme, replace(held, codes=codes.view(held.codes.dtype)), dtype)
-    nothing = replace(held, codes=torch.zeros_like(codes).view(held.codes.dtype))
+    multiplies_rightly(scheme, replace(held, stored=codes.view(held.codes.dtype)), dtype)
+    nothing = replace(held, stored=torch.zeros_like(codes).view(held.codes.dtype))
     multiplies_rightly(scheme, nothing, dtype)
 
 
@@ -72,7 +72,7 @@ def test_bytes_far_apart_are_powers_of_two(byte):
     held = weight("mxfp4", N, K)
     scale = held.scale.clone()
     scale[4, 3] = byte
-    changed = replace(held, scale=scale, codes=held.codes & 1)
+    changed = replace(held, scale=scale, stored=held.codes & 1)
     check_values(changed, "m", "file", torch.float32)
     multiplies_rightly("mxfp4", changed, torch.float32)
 

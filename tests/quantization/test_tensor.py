@@ -116,7 +116,7 @@ def test_weights_that_differ_in_what_the_input_passes_are_not_fused():
     ]
     for one, other in others:
         assert not fusable(one, other) and not fusable(other, one)
-    assert fusable(held, replace(held, codes=-held.codes, scale=held.scale * 2))
+    assert fusable(held, replace(held, stored=-held.codes, scale=held.scale * 2))
 
 
 def rounded(weight, most, size):

@@ -19,6 +19,7 @@ from framework.errors import Problem, Refused
 from framework.formats.compressed_tensors.layout import CompressedTensorsLayout
 from framework.formats.plain import decode as plain
 from framework.geometry import Module, Rect
+from framework.ops.nibbles import Carrier, Nibbles, unpack_along_k
 from framework.quantization.tensor import QuantTensor
 
 LAYOUT = CompressedTensorsLayout()
@@ -44,7 +45,7 @@ def decode(
     float: (code - zero) * scale in fp32 (exact for scales of 16 bits), rounded to `dtype`; any rectangle. Else codes
     int8 [N, K] (-8..7 of 4 bits), scales and zero points fp32 [N, G], `order` where groups follow g_idx; `whole` has
     `input_scale` and `input_offset` fp32 [1] for w8a8_static, `alpha` fp32 [1] for w4a8_dynamic with clip (inputs are
-    clamped to alpha times the largest of their token).
+    clamped to alpha times the largest of their token). Codes of w4a16 stay packed where the rectangle has whole words.
 
     Raises:
         Refused: `compensation`, a bias of paired rows that is not that of their codes.
@@ -74,10 +75,7 @@ class _Form:
 
 def _nibbles_along_k(raw: Tensor) -> Tensor:
     """The lower half of a byte is the earlier column; both halves are code + 8."""
-    wide = raw.to(torch.int16)
-    wide |= wide << 4
-    wide &= 0x0F0F
-    return wide.view(torch.int8).sub_(8)
+    return unpack_along_k(raw, 4).view(torch.int8).sub_(8)
 
 
 def _nibbles_along_n(raw: Tensor) -> Tensor:
@@ -146,10 +144,15 @@ class _Source:
         order = self.order()
         if order is not None and k != self.shape[1]:
             raise ValueError("columns in activation order cannot be cut")
-        codes = torch.empty(n, k, dtype=torch.int8)
-        for start, stop, chunk in self.chunks(rect):
-            # numpy's take: four times as fast as torch's
-            codes[start:stop] = chunk if order is None else torch.from_numpy(chunk.numpy().take(order.numpy(), axis=1))
+        codes: Tensor | Nibbles = torch.empty(n, k, dtype=torch.int8)
+        if self.form is WORDS[4] and scheme == "w4a16" and order is None and rect.k0 % 8 == rect.k1 % 8 == 0:
+            raw = self.reader.read(self.infos["weight_packed"], rect.n0, rect.n1, rect.k0 // 2, rect.k1 // 2)
+            codes = Nibbles((torch.from_numpy(raw).view(torch.int32),), Carrier.ALONG_K)
+        else:
+            for start, stop, chunk in self.chunks(rect):
+                # numpy's take: four times as fast as torch's
+                part = chunk if order is None else torch.from_numpy(chunk.numpy().take(order.numpy(), axis=1))
+                codes[start:stop] = part
         first, last = self.columns(rect)
         return QuantTensor(
             codes,

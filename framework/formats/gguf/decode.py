@@ -58,7 +58,7 @@ def decode(
     if scheme == "float":
         return QuantTensor(_order(module, index, _values(info, rect, reader, dtype)))
     packed = _packed(info, rect, reader)
-    parts = {name: getattr(packed, name) for name in ("codes", "scale", "minimum")}
+    parts = {name: getattr(packed, name) for name in ("stored", "scale", "minimum")}
     parts = {name: None if part is None else _order(module, index, part) for name, part in parts.items()}
     return replace(packed, **parts)
 

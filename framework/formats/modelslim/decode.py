@@ -12,6 +12,7 @@ from framework.formats.modelslim.layout import entry, factor
 from framework.formats.modelslim.types import TYPES, QuantType
 from framework.formats.plain import decode as plain
 from framework.geometry import Kind, Module, Rect
+from framework.ops.nibbles import Carrier, Nibbles
 from framework.quantization.tensor import MX_BLOCK, MX_OUTER_BLOCK, QuantTensor
 
 CONTAINERS = {
@@ -49,7 +50,8 @@ def decode(
         n0, k0 = rect.n0 - wide.n0, rect.k0 - wide.k0
         n, k = rect.shape
         return QuantTensor(weight[n0 : n0 + n, k0 : k0 + k].to(dtype))
-    return _quantized(module, rect, kind, source, static=scheme == "w8a8_static")
+    packed = _nibbles(module, rect, source) if scheme == kind.scheme == "w4a16" else None
+    return _quantized(module, rect, kind, source, static=scheme == "w8a8_static", packed=packed)
 
 
 def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
@@ -128,9 +130,11 @@ def _aligned(rect: Rect, module: Module, kind: QuantType, source: _Source) -> Re
     )
 
 
-def _quantized(module: Module, rect: Rect, kind: QuantType, source: _Source, *, static: bool) -> QuantTensor:
-    """Decode codes and scales; with `static` also what belongs to activations of one scale."""
-    codes = _codes(module, rect, kind, source)
+def _quantized(
+    module: Module, rect: Rect, kind: QuantType, source: _Source, *, static: bool, packed: Nibbles | None = None
+) -> QuantTensor:
+    """Decode codes, if they are not there `packed`, and scales; with `static` also what belongs to one input scale."""
+    codes = _codes(module, rect, kind, source) if packed is None else packed
     factor_values = source.factor()
     columns = {} if factor_values is None else {"mul_scale": factor_values[rect.k0 : rect.k1]}
     if kind.element != "int":
@@ -191,6 +195,17 @@ def _mx(rect: Rect, kind: QuantType, source: _Source, codes: Tensor, columns: di
     return QuantTensor(
         codes, scale, group_size=MX_BLOCK, bits=kind.bits, element=kind.element, outer=outer, columns=columns
     )
+
+
+def _nibbles(module: Module, rect: Rect, source: _Source) -> Nibbles | None:
+    """Return codes of four bits as they lie in the file, where there are two a byte and whole bytes and words."""
+    along_n, along_k = _packing(module, source)
+    if (along_n, along_k) == (1, 1) or rect.n0 % along_n or rect.n1 % along_n or rect.k0 % 8 or rect.k1 % 8:
+        return None
+    stored = source.rows("weight", rect.n0 // along_n, rect.n1 // along_n, rect.k0 // along_k, rect.k1 // along_k)
+    if along_n == 1:
+        return Nibbles((stored.view(torch.int32),), Carrier.ALONG_K, is_signed=True)
+    return Nibbles((stored.view(torch.uint8),), Carrier.ROW_PAIRS, is_signed=True)
 
 
 def _codes(module: Module, rect: Rect, kind: QuantType, source: _Source) -> Tensor:

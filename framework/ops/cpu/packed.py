@@ -8,7 +8,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from framework.ops.cpu.repack import can_repack, repack
 from framework.ops.linear import bfloat16_rows, linear, of_few_heights
+from framework.ops.nibbles import Nibbles
 
 _int4_matmul = torch._weight_int4pack_mm_for_cpu
 
@@ -74,7 +76,7 @@ def takes(n: int, k: int, groups: int) -> bool:
     return n % _ROWS_MULTIPLE == 0 and k % groups == 0 and k // groups in _GROUP_SIZES
 
 
-def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> CpuWeight:
+def pack(codes: Tensor | Nibbles, scale: Tensor, zero: Tensor, bits: int) -> CpuWeight:
     """Pack signed codes [N, K]; scale and zero fp32 [G, N], value = scale * code + zero."""
     n, k = codes.shape
     if bits == 4:
@@ -85,7 +87,13 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> CpuWeight:
         pairs = torch.cat((high, torch.stack((scale, zero + 8 * scale), dim=-1)))
     packed = torch.empty((n, k * bits // 8), dtype=torch.uint8)
     form = CpuWeight(f"int{bits}", packed, k // scale.shape[0], pairs.bfloat16().contiguous())
-    block, features = block_rows(), codes.t()
+    block = block_rows()
+    if isinstance(codes, Nibbles):
+        if block is not None and can_repack(codes, block):
+            repack(codes, packed, block)
+            return form
+        codes = codes.unpack()
+    features = codes.t()
     if block is not None and n % block == 0 and features.is_contiguous():
         _pack_features(features.view(torch.uint8), packed.view(n // block, -1, block // 2), bits)
         return form

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from framework import ops
 from framework.ops.layout import held_bytes, stack_experts, weight_operand
+from framework.ops.nibbles import Nibbles
 from framework.quantization.schemes.base import Operands, entering, experts_of_rows, grouped_matmul, inputs_of
 from framework.quantization.tensor import QuantTensor
 
@@ -17,8 +18,8 @@ from framework.quantization.tensor import QuantTensor
 _DWARFED = 32768
 
 
-def signed(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return signed int8 codes [N, K], fp32 scale and offset [G, N]; value = (code + offset) * scale.
+def signed(weight: QuantTensor) -> tuple[Tensor | Nibbles, Tensor, Tensor | None]:
+    """Return signed codes [N, K] (int8 or packed), fp32 scale and offset [G, N]; value = (code + offset) * scale.
 
     Codes 0 .. 2^bits - 1 are shifted down by half the range, which the offset takes back. A group whose minimum
     dwarfs its scale (which may be 0) holds one value everywhere: its scale becomes the minimum, its codes 0, its
@@ -26,8 +27,11 @@ def signed(weight: QuantTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     if weight.scale is None:
         raise ValueError("a weight-only scheme takes integer codes, this weight is float")
-    codes = weight.codes
     scale = weight.scale.float()
+    if isinstance(weight.stored, Nibbles) and weight.minimum is None:
+        offset = None if weight.zero is None else (0 - weight.zero.float()).t().contiguous()
+        return weight.stored, scale.t().contiguous(), offset
+    codes = weight.codes
     half = 1 << (weight.bits - 1)
     # torch looks through a transposed view ten times as slowly
     in_memory = codes.t() if codes.t().is_contiguous() else codes
