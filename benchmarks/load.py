@@ -3,7 +3,8 @@
 The floor of a rank is measured in its own process on its own threads, around the load: reading its share of the
 checkpoint's bytes once, and unpacking the nibbles of its share to int8 once with one torch expression a tensor.
 Printed: the load against that floor, both by the clock and in processor time, which a shared machine disturbs less;
-and the peak of memory over what the process had before, against what the rank holds. Ratios of one run mean
+beside it the time of writing one byte to every page of as much new memory as the rank holds, which a load cannot do
+without; and the peak of memory over what the process had before, against what the rank holds. Ratios of one run mean
 something, seconds do not: the page cache serves the file.
 
     python benchmarks/load.py --format awq --threads 1
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import multiprocessing as mp
 import os
 import resource
@@ -123,6 +125,15 @@ def floor(path: Path, share: int) -> tuple[float, float]:
     return read[0] + unpack[0], read[1] + unpack[1]
 
 
+def touch(size: int) -> tuple[float, float]:
+    """Write to every page of new memory; return both times."""
+    watch = Stopwatch()
+    with mmap.mmap(-1, size) as memory:
+        for page in range(0, size, resource.getpagesize()):
+            memory[page] = 1
+        return watch.read()
+
+
 class Rank:
     """A rank whose collectives are not called."""
 
@@ -157,7 +168,8 @@ def measure(path: Path, rank: int, size: int, threads: int, dtype: str, results:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     floors.append(floor(path, size))
     mean = [sum(each) / len(floors) for each in zip(*floors, strict=True)]
-    results.put((took, mean, peak, model.bytes_held()))
+    held = model.bytes_held()
+    results.put((took, mean, touch(held), peak, held))
 
 
 def main() -> None:
@@ -184,11 +196,12 @@ def main() -> None:
             process.join()
             if process.exitcode:
                 sys.exit(process.exitcode)
-            took, base, peak, held = results.get()
+            took, base, new, peak, held = results.get()
             print(
                 f"  rank {rank}: load {took[0]:6.2f} s ({took[1]:.2f} of processors), floor {base[0]:5.2f} s "
-                f"({base[1]:.2f}), ratio {took[0] / base[0]:5.2f} ({took[1] / base[1]:.2f}); peak {peak / 2**20:5.0f} "
-                f"MiB, held {held / 2**20:5.0f} MiB, over it {(peak - held) / 2**20:4.0f} MiB"
+                f"({base[1]:.2f}), ratio {took[0] / base[0]:5.2f} ({took[1] / base[1]:.2f}); new memory "
+                f"{new[0]:5.2f} s ({new[1]:.2f}); peak {peak / 2**20:5.0f} MiB, held {held / 2**20:5.0f} MiB, over it "
+                f"{(peak - held) / 2**20:4.0f} MiB"
             )
 
 
