@@ -74,6 +74,22 @@ class Router(nn.Module):
             nearest = nearest.minimum(best[:, -2] - best[:, -1])
         return nearest
 
+    @property
+    def can_turn(self) -> bool:
+        """Whether `turned` knows what the choice hangs on: no groups, and no correction but of sigmoids."""
+        return self.moe.top_groups == self.moe.groups and (self.correction is None or self.moe.scoring == "sigmoid")
+
+    def turned(self, scores: Tensor) -> Tensor:
+        """[T, E] -> scores by which the best expert left out takes the place of the last one chosen."""
+        best = scores.float().sigmoid() + self.correction if self.correction is not None else scores.float()
+        last, out = best.topk(self.moe.top_k + 1, dim=-1).indices[:, -2:].unsqueeze(-1).unbind(1)
+        below = best.gather(1, out)
+        if self.correction is not None:
+            below = torch.logit((below - self.correction[last]).clamp(0.0, 1.0), eps=1e-6)
+        # two steps of the scores' own dtype lower
+        below = below - 2 * torch.finfo(scores.dtype).eps * below.abs().clamp(min=1.0)
+        return scores.scatter(1, last, below.to(scores.dtype))
+
 
 class Experts(nn.Module):
     """The MLP of a layer with experts: a weighted sum of the chosen ones, and shared ones that every token passes.

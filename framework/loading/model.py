@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from framework.engine.cache import KVCache
@@ -68,9 +70,18 @@ class LoadedModel:
         """Let `serve` end on all ranks, on rank 0; from any thread."""
         self._inbox.close()
 
-    def score(self, token_ids: list[int]) -> np.ndarray[Any, Any] | None:
-        """Return fp32 logits [T, vocab] of every position, on rank 0."""
-        logits = self._engine.score(token_ids)
+    def score(self, token_ids: list[int], turned: Sequence[tuple[str, int]] = ()) -> np.ndarray[Any, Any] | None:
+        """Return fp32 logits [T, vocab] of every position, on rank 0.
+
+        `turned`: layers with experts and positions at which the best expert left out takes the last one's place.
+        """
+        rows: dict[str, set[int]] = {}
+        for layer, position in turned:
+            rows.setdefault(layer, set()).add(position)
+        with self._at_gates(
+            lambda name, router: _turner(router, rows[name]) if name in rows and router.can_turn else None
+        ):
+            logits = self._engine.score(token_ids)
         return logits.numpy() if self.group.rank == 0 else None
 
     def score_stepwise(self, token_ids: list[int]) -> np.ndarray[Any, Any] | None:
@@ -81,17 +92,21 @@ class LoadedModel:
     def router_margins(self, token_ids: list[int]) -> dict[str, np.ndarray[Any, Any]]:
         """Return, by layer, how close each position of one forward pass was to choosing another expert [T]."""
         margins: dict[str, np.ndarray[Any, Any]] = {}
-        hooks = [
-            router.gate.register_forward_hook(_margin_recorder(name.removesuffix(".router"), router, margins))
-            for name, router in self.model.named_modules()
-            if isinstance(router, Router)
-        ]
-        try:
+        with self._at_gates(lambda name, router: _margin_recorder(name, router, margins)):
             self._engine.score(token_ids)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return margins
+
+    @contextmanager
+    def _at_gates(self, hook_of: Callable[[str, Router], Any]) -> Iterator[None]:
+        """Hook the gates for which there is a hook, by the layer's name and its router."""
+        routers = {name.removesuffix(".router"): m for name, m in self.model.named_modules() if isinstance(m, Router)}
+        hooks = [(router, hook_of(name, router)) for name, router in routers.items()]
+        handles = [router.gate.register_forward_hook(hook) for router, hook in hooks if hook is not None]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def trace(self, token_ids: list[int]) -> dict[str, np.ndarray[Any, Any]]:
         """Return the output [T, N of this rank] fp32 of every linear module of one forward pass."""
@@ -115,6 +130,22 @@ def _margin_recorder(name: str, router: Router, margins: dict[str, np.ndarray[An
         margins[name] = np.concatenate([margins[name], found]) if name in margins else found
 
     return record
+
+
+def _turner(router: Router, positions: set[int]) -> Any:  # noqa: ANN401
+    seen = 0
+
+    def turn(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        nonlocal seen
+        rows = [position - seen for position in sorted(positions) if seen <= position < seen + len(output)]
+        seen += len(output)
+        return (
+            output.index_copy(0, torch.tensor(rows, device=output.device), router.turned(output[rows]))
+            if rows
+            else output
+        )
+
+    return turn
 
 
 def _recorder(layer: ParallelLinear, outputs: dict[str, np.ndarray[Any, Any]]) -> Any:  # noqa: ANN401

@@ -53,12 +53,12 @@ def _ties(prompts: list[dict[str, Any]]) -> list[str]:
         ties = prompt.get("near_ties", [])
         if not ties:
             continue
-        excluded = prompt.get("excluded")
-        left_out = f"; left out: positions {', '.join(map(str, excluded))}" if excluded else ""
+        turned = [f"{tie['position']} of {tie['layer']}" for tie in prompt.get("turned", ())]
+        chosen = f"; held with the other choice at position {', '.join(turned)}" if turned else ""
         closest = ties[0]
         lines.append(
             f"routers   prompt {i}: {len(ties)} near-ties, the closest at position {closest['position']} of "
-            f"{closest['layer']}, margin {closest['margin']:.1e}{left_out}"
+            f"{closest['layer']}, margin {closest['margin']:.1e}{chosen}"
         )
     return lines
 
