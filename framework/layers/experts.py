@@ -81,13 +81,17 @@ class Router(nn.Module):
 
     def turned(self, scores: Tensor) -> Tensor:
         """[T, E] -> scores by which the best expert left out takes the place of the last one chosen."""
-        best = scores.float().sigmoid() + self.correction if self.correction is not None else scores.float()
-        last, out = best.topk(self.moe.top_k + 1, dim=-1).indices[:, -2:].unsqueeze(-1).unbind(1)
-        below = best.gather(1, out)
-        if self.correction is not None:
-            below = torch.logit((below - self.correction[last]).clamp(0.0, 1.0), eps=1e-6)
-        # two steps of the scores' own dtype lower
-        below = below - 2 * torch.finfo(scores.dtype).eps * below.abs().clamp(min=1.0)
+        is_sigmoid, best = self.moe.scoring == "sigmoid", scores.float()
+        best = best.sigmoid() if is_sigmoid else best
+        correction = torch.zeros_like(best[:1]) if self.correction is None else self.correction.float()[None]
+        best = best + correction
+        inside = torch.zeros_like(best, dtype=torch.bool).scatter(1, self.choose(scores.float())[1].long(), True)
+        last = best.masked_fill(~inside, torch.inf).argmin(-1, keepdim=True)
+        below = best.masked_fill(inside, -torch.inf).amax(-1, keepdim=True)
+        # some steps of the scores' own dtype lower
+        below = below - 4 * torch.finfo(scores.dtype).eps * below.abs().clamp(min=1.0)
+        if is_sigmoid:
+            below = torch.logit((below - correction.expand_as(best).gather(1, last)).clamp(0.0, 1.0), eps=1e-6)
         return scores.scatter(1, last, below.to(scores.dtype))
 
 

@@ -245,4 +245,5 @@ def _dealt(weight: QuantTensor, max_rows: int) -> list[QuantTensor]:
     n, k = weight.shape
     if not max_rows or n <= max_rows:
         return [weight]
+    weight = replace(weight, stored=weight.codes)
     return [weight.slice(first, min(first + max_rows, n), 0, k) for first in range(0, n, max_rows)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -53,6 +54,15 @@ class Nibbles:
                 codes = torch.cat([torch.stack((part & 15, part >> 4), dim=1).flatten(0, 1) for part in self.parts])
         codes = codes.bitwise_xor_(8) if self.is_signed else codes
         return codes.view(torch.int8).sub_(8)
+
+
+def join(stacked: Sequence[Tensor | Nibbles]) -> Nibbles | None:
+    """Return the rows of all, or None where they are not packed alike."""
+    nibbles = [each for each in stacked if isinstance(each, Nibbles)]
+    if len(nibbles) < len(stacked) or len({(each.carrier, each.is_signed) for each in nibbles}) > 1:
+        return None
+    first = nibbles[0]
+    return Nibbles(tuple(part for each in nibbles for part in each.parts), first.carrier, first.is_signed)
 
 
 def part_shape(part: Tensor, carrier: Carrier) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from framework.ops.nibbles import Nibbles
+from framework.ops.nibbles import Nibbles, join
 
 MX_BLOCK = 32  # elements that share an e8m0 scale
 MX_OUTER_BLOCK = 512  # elements that share an outer scale, in two-level MX
@@ -54,7 +54,7 @@ class QuantTensor:
 
     @property
     def codes(self) -> Tensor:
-        """One element a code."""
+        """One element a code: packed ones are unpacked at every access."""
         return self.stored.unpack() if isinstance(self.stored, Nibbles) else self.stored
 
     @property
@@ -153,8 +153,9 @@ def concat(parts: list[QuantTensor]) -> QuantTensor:
         values = [getattr(part, name) for part in parts]
         if values[0] is None:
             return None
-        if isinstance(values[0], Nibbles):
-            return replace(values[0], parts=tuple(part for value in values for part in value.parts))
+        if name == "stored" and (joined := join(values)) is not None:
+            return joined
+        values = [value.unpack() if isinstance(value, Nibbles) else value for value in values]
         if all(value.t().is_contiguous() for value in values):
             return torch.cat([value.t() for value in values], 1).t()  # codes that stand as [K, N] stay so
         return torch.cat(values)
@@ -173,8 +174,8 @@ def fusable(a: QuantTensor, b: QuantTensor) -> bool:
 
     def alike(name: str) -> bool:
         mine, other = getattr(a, name), getattr(b, name)
-        if isinstance(mine, Nibbles) and isinstance(other, Nibbles):
-            return (mine.carrier, mine.is_signed) == (other.carrier, other.is_signed)
+        if name == "stored":
+            return True  # packed or not
         if isinstance(mine, Mapping):
             return bool(mine.keys() == other.keys()) and (
                 name == "rows" or all(torch.equal(value, other[key]) for key, value in mine.items())

@@ -87,6 +87,10 @@ def test_a_turned_router_takes_the_best_one_left_out_instead_of_the_last(name, d
     moe, correction = ROUTERS[name]
     router = Router(torch.nn.Identity(), correction, moe)
     scores = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    tied = scores.sign()  # many are equal
+    level = Router(torch.nn.Identity(), None if correction is None else torch.zeros(6), moe)
+    before, after = (level.choose(each.float())[1].long() for each in (tied, level.turned(tied)))
+    assert all(len({*a} - {*b}) == 1 for a, b in zip(before.tolist(), after.tolist(), strict=True))
     chances = scores.double().sigmoid() if moe.scoring == "sigmoid" else scores.double()
     ranked = (chances if correction is None else chances + correction).argsort(-1, descending=True)
     k = moe.top_k

@@ -118,6 +118,17 @@ def test_a_sequence_without_keys_yields_zeros(lengths):
         assert bool((out[row] == 0).all()) == (length == 0)
 
 
+def test_values_may_have_another_size_than_keys():
+    paged, wide = Paged([7, 7, 7], scattered=False), Paged([7, 7, 7], scattered=False, size=12)
+    query, out = random(3, 2, 8, seed=3), torch.empty(3, 2, 12)
+    caches = paged.caches[0], wide.caches[1]
+    ops._npu_paged_attention(query, *caches, 2, 2, 0.3, paged.table, paged.lengths, out)
+    for row in range(3):
+        keys, values = paged.sequences[row][0], wide.sequences[row][1]
+        expected, _ = attention_by_definition(query[row : row + 1], keys, values, 0.3, lambda i, j: True)
+        torch.testing.assert_close(out[row : row + 1].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("firsts", "lengths", "expected"),
     [

@@ -17,7 +17,7 @@ def test_all_numbers_of_rows_become_few_and_none_grows_by_more_than_a_quarter():
 
 
 @pytest.mark.parametrize("bfloat16_rows", [0, 31, sys.maxsize])  # none native, Intel without AMX, the others
-@pytest.mark.parametrize("rows", [1, 2, 7, 9, 33, 100])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 9, 33, 100])
 def test_rows_are_those_of_the_exact_product(rows, bfloat16_rows, monkeypatch):
     monkeypatch.setattr(linear_module, "bfloat16_rows", lambda: bfloat16_rows)
     draw = torch.Generator().manual_seed(rows)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from framework.ops.nibbles import Carrier, Nibbles
 from framework.quantization.online import quantize
 from framework.quantization.tensor import QuantTensor, concat, fusable
 from tests.quantization.weights import CASES, spread, values, weight
@@ -172,3 +173,15 @@ def test_a_float_weight_is_cut_as_it_is():
     w = torch.randn(4, 6)
     assert torch.equal(QuantTensor(w).slice(1, 3, 2, 5).codes, w[1:3, 2:5])
     assert QuantTensor(w).is_float
+
+
+def test_packed_codes_are_joined_with_packed_and_with_single_ones():
+    words = torch.randint(-(2**31), 2**31, (3, 8, 4), generator=torch.Generator().manual_seed(0)).int()
+    scale = torch.ones(8, 1)
+    held = [QuantTensor(Nibbles((each,), Carrier.ALONG_K), scale, group_size=32, bits=4) for each in words]
+    single = [replace(each, stored=each.codes) for each in held]
+    expected = torch.cat([each.codes for each in single])
+    for parts in (held, [held[0], single[1], held[2]], [single[0], held[1], held[2]], single):
+        assert fusable(parts[0], parts[1])
+        assert torch.equal(concat(parts).codes, expected)
+    assert isinstance(concat(held).stored, Nibbles)

@@ -140,22 +140,14 @@ class _Source:
 
     def quantized(self, rect: Rect, scheme: str) -> QuantTensor:
         """Return a rectangle's codes with all that they mean."""
-        n, k = rect.shape
+        k = rect.shape[1]
         order = self.order()
         if order is not None and k != self.shape[1]:
             raise ValueError("columns in activation order cannot be cut")
-        codes: Tensor | Nibbles = torch.empty(n, k, dtype=torch.int8)
-        if self.form is WORDS[4] and scheme == "w4a16" and order is None and rect.k0 % 8 == rect.k1 % 8 == 0:
-            raw = self.reader.read(self.infos["weight_packed"], rect.n0, rect.n1, rect.k0 // 2, rect.k1 // 2)
-            codes = Nibbles((torch.from_numpy(raw).view(torch.int32),), Carrier.ALONG_K)
-        else:
-            for start, stop, chunk in self.chunks(rect):
-                # numpy's take: four times as fast as torch's
-                part = chunk if order is None else torch.from_numpy(chunk.numpy().take(order.numpy(), axis=1))
-                codes[start:stop] = part
+        codes = self.packed(rect) if scheme == "w4a16" and order is None else None
         first, last = self.columns(rect)
         return QuantTensor(
-            codes,
+            self.unpacked(rect, order) if codes is None else codes,
             self.table("weight_scale", rect, first, last),
             self.zeros(rect, first, last),
             group_size=self.group if self.groups > 1 else k,
@@ -163,6 +155,22 @@ class _Source:
             order=order,
             whole=self.whole(scheme),
         )
+
+    def packed(self, rect: Rect) -> Nibbles | None:
+        """Return codes of 4 bits as they lie in the file, where a rectangle has whole words."""
+        if self.form is not WORDS[4] or rect.k0 % 8 or rect.k1 % 8:
+            return None
+        raw = self.reader.read(self.infos["weight_packed"], rect.n0, rect.n1, rect.k0 // 2, rect.k1 // 2)
+        return Nibbles((torch.from_numpy(raw).view(torch.int32),), Carrier.ALONG_K)
+
+    def unpacked(self, rect: Rect, order: Tensor | None) -> Tensor:
+        """Codes int8 [N, K], groups contiguous."""
+        codes = torch.empty(rect.shape, dtype=torch.int8)
+        for start, stop, chunk in self.chunks(rect):
+            # numpy's take: four times as fast as torch's
+            part = chunk if order is None else torch.from_numpy(chunk.numpy().take(order.numpy(), axis=1))
+            codes[start:stop] = part
+        return codes
 
     def whole(self, scheme: str) -> dict[str, Tensor]:
         """What a scheme takes of its inputs."""

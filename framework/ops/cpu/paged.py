@@ -55,7 +55,7 @@ def paged_attention(
     tables = block_table.tolist()
     queries = query.float().view(tokens, *by_head)
     outputs = torch.zeros(tokens, *by_head[:2], value_cache.shape[3])
-    regular = all(cache.dtype is _FLOAT32 and cache.is_contiguous() for cache in caches)
+    regular = all(cache.dtype is _FLOAT32 and cache.is_contiguous() and cache.shape[3] == size for cache in caches)
     for run in _runs(tuple(map(tuple, tables)), tuple(lengths), *key_cache.shape[:2], regular):
         if run.last - run.first > 1 and _attend_run(queries, caches, run, scale_value, outputs):
             continue
