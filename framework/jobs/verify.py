@@ -130,10 +130,14 @@ def _verified(session: Session, plan: Plan, reference: Reference, holds: Holds) 
     """Compute one prompt's logits and compare them."""
     ids = reference.ids
     logits: Array = session.call("score", ids)[0]
-    ties: list[Tie] = []
-    if plan.spec is not None and plan.spec.moe is not None:
-        ties = near_ties(session.call("router_margins", ids)[0])
-    return _compare(logits, reference, ties, holds, lambda turned: session.call("score", ids, turned)[0])
+    moe = plan.spec.moe if plan.spec is not None else None
+    ties = [] if moe is None else near_ties(session.call("router_margins", ids)[0])
+
+    def rescore(turned: list[Tie]) -> Array:
+        choices = [(tie["layer"], tie["position"]) for tie in turned]
+        return session.call("score", ids, choices)[0]  # type: ignore[no-any-return]
+
+    return _compare(logits, reference, ties, holds, rescore if moe is not None and moe.can_turn else None)
 
 
 def near_ties(margins: Mapping[str, Array]) -> list[Tie]:
@@ -161,12 +165,16 @@ class Holds:
 
 
 def _compare(
-    ours: Array, reference: Reference, ties: list[Tie], holds: Holds, rescore: Callable[[list[tuple[str, int]]], Array]
+    ours: Array,
+    reference: Reference,
+    ties: list[Tie],
+    holds: Holds,
+    rescore: Callable[[list[Tie]], Array] | None,
 ) -> dict[str, Any]:
-    """Compare one prompt. Where it does not hold, near-ties are turned: a flip moves all later positions, too.
+    """Compare one prompt. Where it does not hold, the closest near-ties are turned: every position must hold then.
 
-    Each in turn, the closest first: what brings the logits nearer stays turned. `rescore` computes them with the
-    choices at these layers and positions the other way. All positions must hold then.
+    A flip moves its own position and those after it. So they are tried from the first position on, and what brings
+    its own position nearer stays turned. `rescore` computes logits with these choices the other way; None: it cannot.
     """
     if ours.shape != reference.logits.shape:
         raise InputError(
@@ -182,18 +190,23 @@ def _compare(
     if not ties:
         return found
     best, turned = found, []
-    for tie in ties[:MOST_TRIED]:
+    for tie in sorted(ties[:MOST_TRIED], key=lambda tie: tie["position"]) if rescore else ():
         if holds(best):
             break
-        tried = [*turned, tie]
+        tried, row = [*turned, tie], tie["position"]
         if len({each["position"] for each in tried}) > MOST_FLIPPED * len(ours):
             continue
-        other = compare(rescore([(each["layer"], each["position"]) for each in tried]), reference.logits)
-        if other[holds.metric] < best[holds.metric]:
-            best, turned = other, tried
+        other = rescore(tried)
+        if _distance(other[row], reference.logits[row]) < _distance(ours[row], reference.logits[row]):
+            ours, turned = other, tried
+            best = compare(ours, reference.logits)
     if turned and holds(best):
         found = best | {"turned": turned}
     return found | {"near_ties": ties}
+
+
+def _distance(ours: Array, reference: Array) -> float:
+    return float(abs(ours - reference).max())
 
 
 def _references(recipe: Recipe, plan: Plan) -> list[Reference]:

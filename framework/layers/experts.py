@@ -74,13 +74,8 @@ class Router(nn.Module):
             nearest = nearest.minimum(best[:, -2] - best[:, -1])
         return nearest
 
-    @property
-    def can_turn(self) -> bool:
-        """Whether `turned` knows what the choice hangs on: no groups, and no correction but of sigmoids."""
-        return self.moe.top_groups == self.moe.groups and (self.correction is None or self.moe.scoring == "sigmoid")
-
     def turned(self, scores: Tensor) -> Tensor:
-        """[T, E] -> scores by which the best expert left out takes the place of the last one chosen."""
+        """[T, E] -> scores by which the best expert left out takes the place of the last one chosen (moe.can_turn)."""
         is_sigmoid, best = self.moe.scoring == "sigmoid", scores.float()
         best = best.sigmoid() if is_sigmoid else best
         correction = torch.zeros_like(best[:1]) if self.correction is None else self.correction.float()[None]

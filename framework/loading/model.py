@@ -78,9 +78,7 @@ class LoadedModel:
         rows: dict[str, set[int]] = {}
         for layer, position in turned:
             rows.setdefault(layer, set()).add(position)
-        with self._at_gates(
-            lambda name, router: _turner(router, rows[name]) if name in rows and router.can_turn else None
-        ):
+        with self._at_gates(lambda name, router: _turner(router, rows[name]) if name in rows else None):
             logits = self._engine.score(token_ids)
         return logits.numpy() if self.group.rank == 0 else None
 

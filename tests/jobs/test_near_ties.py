@@ -35,8 +35,8 @@ def compared(flips, ties, tokens=40):
 
     def logits(turned=()):
         ours = expected.copy()
-        for position in {*flips} ^ {position for _, position in turned}:
-            ours[position:] += 1.0
+        for position in {*flips} ^ {tie["position"] for tie in turned}:
+            ours[position:] += 1.0 if position == min(flips) else 0.1
         return ours
 
     near = [{"position": position, "layer": "layers.0.mlp", "margin": 1e-4} for position in ties]
@@ -55,6 +55,20 @@ def test_a_flip_is_turned_back_and_said():
 def test_among_several_near_ties_those_that_flipped_are_found():
     found = compared(flips=[7, 21], ties=[30, 7, 2, 21])
     assert HOLDS(found) and positions(found) == [7, 21] and len(found["near_ties"]) == 4
+
+
+def test_an_earlier_flip_does_not_hide_that_a_later_and_closer_one_is_needed():
+    found = compared(flips=[7, 21], ties=[21, 7])  # the largest distance stays as long as the first is not turned
+    assert HOLDS(found) and positions(found) == [7, 21]
+
+
+def test_routers_that_choose_groups_first_are_not_tried():
+    near = [{"position": 1, "layer": "layers.0.mlp", "margin": 1e-4}]
+    expected = np.zeros((40, 8), np.float32)
+    found = _compare(expected + 1, Reference(list(range(40)), expected), near, HOLDS, None)
+    assert not HOLDS(found) and "turned" not in found and found["near_ties"] == near
+    grouped = Moe(experts=8, top_k=2, intermediate=8, layers=(True,), groups=4, top_groups=2)
+    assert not grouped.can_turn and all(moe.can_turn for moe, _ in ROUTERS.values())
 
 
 def test_where_no_router_was_near_nothing_is_turned():
@@ -95,7 +109,7 @@ def test_a_turned_router_takes_the_best_one_left_out_instead_of_the_last(name, d
     ranked = (chances if correction is None else chances + correction).argsort(-1, descending=True)
     k = moe.top_k
     expected = torch.cat((ranked[:, : k - 1], ranked[:, k : k + 1]), -1).sort(-1).values
-    assert router.can_turn
+    assert moe.can_turn
     assert torch.equal(router.choose(router.turned(scores).float())[1].long().sort(-1).values, expected)
 
 
