@@ -3,10 +3,11 @@
 The floor of a rank is measured in its own process on its own threads, around the load: reading its share of the
 checkpoint's bytes once, and unpacking the nibbles of its share to int8 once with one torch expression a tensor.
 Printed: the load against that floor, both by the clock and in processor time, which a shared machine disturbs less.
-Beside it what a load cannot do without, the time of writing one byte to every page of as much new memory as the rank
-holds; and the ratio of a second load, into memory that the first one left with the process. Last the peak of memory
-over what the process had before, against what the rank holds. Ratios of one run mean something, seconds do not: the
-page cache serves the file.
+That floor throws away what it unpacks and so needs no new memory, which a load cannot do without. So there are beside
+it the load against a floor that keeps what it unpacks, in a new process like the rank's; the ratio of a second load,
+into memory that the first one left with the process; and the time of writing one byte to every page of as much new
+memory as the rank holds. Last the peak of memory over what the process had before, against what the rank holds. Ratios
+of one run mean something, seconds do not: the page cache serves the file.
 
     python benchmarks/load.py --format awq --threads 1
 """
@@ -102,7 +103,7 @@ class Stopwatch:
         return time.perf_counter() - self.start[0], time.process_time() - self.start[1]
 
 
-def floor(path: Path, share: int) -> tuple[float, float]:
+def floor(path: Path, share: int, keep: bool = False) -> tuple[float, float]:
     """Read 1 / share of a checkpoint's bytes, and unpack as much of its nibbles; return both times."""
     import torch
 
@@ -118,10 +119,13 @@ def floor(path: Path, share: int) -> tuple[float, float]:
     read = watch.read()
     sizes = [info.nbytes // share for info in index.tensors.values() if info.dtype in CODES]
     raw = torch.randint(0, 256, (max(sizes),), dtype=torch.uint8)
+    kept = []
     watch = Stopwatch()
     for size in sizes:
         part = raw[:size]
-        torch.stack((part & 15, part >> 4), dim=-1).view(torch.int8).sub_(8)
+        codes = torch.stack((part & 15, part >> 4), dim=-1).view(torch.int8).sub_(8)
+        if keep:
+            kept.append(codes)
     unpack = watch.read()
     return read[0] + unpack[0], read[1] + unpack[1]
 
@@ -140,6 +144,14 @@ class Rank:
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
+
+
+def measure_kept(path: Path, size: int, threads: int, results: Any) -> None:  # noqa: ANN401
+    """Child process: the floor of one rank that keeps what it unpacks."""
+    import torch
+
+    torch.set_num_threads(threads)
+    results.put(floor(path, size, keep=True))
 
 
 def measure(path: Path, rank: int, size: int, threads: int, dtype: str, results: Any) -> None:  # noqa: ANN401
@@ -198,15 +210,21 @@ def main() -> None:
         print(f"{given.format} {kind} {total / 1e9:.2f} GB, tp {given.tp}, {given.threads} threads, {given.dtype}")
         context, results = mp.get_context("spawn"), mp.get_context("spawn").Queue()
         for rank in range(given.tp):
-            process = context.Process(target=measure, args=(path, rank, given.tp, given.threads, given.dtype, results))
-            process.start()
-            process.join()
-            if process.exitcode:
-                sys.exit(process.exitcode)
+            for target, arguments in (
+                (measure, (path, rank, given.tp, given.threads, given.dtype, results)),
+                (measure_kept, (path, given.tp, given.threads, results)),
+            ):
+                process = context.Process(target=target, args=arguments)
+                process.start()
+                process.join()
+                if process.exitcode:
+                    sys.exit(process.exitcode)
             took, again, base, new, peak, held = results.get()
+            kept = results.get()
             print(
                 f"  rank {rank}: load {took[0]:6.2f} s ({took[1]:.2f} of processors), floor {base[0]:5.2f} s "
-                f"({base[1]:.2f}), ratio {took[0] / base[0]:5.2f} ({took[1] / base[1]:.2f}), again "
+                f"({base[1]:.2f}), ratio {took[0] / base[0]:5.2f} ({took[1] / base[1]:.2f}), to the kept floor "
+                f"{took[0] / kept[0]:5.2f} ({took[1] / kept[1]:.2f}), again "
                 f"{again[0] / base[0]:5.2f} ({again[1] / base[1]:.2f}); new memory {new[0]:5.2f} s; "
                 f"peak {peak / 2**20:5.0f} MiB, held {held / 2**20:5.0f} MiB, over it {(peak - held) / 2**20:4.0f} MiB"
             )
