@@ -1,10 +1,16 @@
 """What tests share: one Ray with ranks that stay warm."""
 
 import gc
+import os
+import sys
 import warnings
 from contextlib import contextmanager
 
 import pytest
+
+# tests run on the CPU: torch, transformers and diffusers would load an installed torch_npu, and fail without CANN
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+sys.modules["torch_npu"] = None
 
 
 @pytest.fixture(scope="session")

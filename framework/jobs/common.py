@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ def resolve_device(recipe: Recipe) -> str:
     """
     asked = recipe.runtime.device
     nodes = list(Path("/dev").glob("davinci[0-9]*"))
-    installed = importlib.util.find_spec("torch_npu") is not None
+    # on disk: a process whose operators run on the CPU hides it from its libraries (framework/ops/register.py)
+    installed = PathFinder.find_spec("torch_npu") is not None
     if asked == "auto":
         return "npu" if nodes and installed else "cpu"
     if asked == "npu" and not (nodes and installed):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import importlib.util
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from framework.errors import Problem, Refused
@@ -19,21 +16,6 @@ Device = Literal["cpu", "npu"]
 # Registrations vanish with their Library object.
 _LIBRARIES: list[Any] = []
 _LOCK = threading.Lock()
-
-_CANN_LIBRARIES = ("libascendcl.so", "libhccl.so")
-
-
-def available_devices() -> tuple[Device, ...]:
-    """Return the devices that can be asked for here, best first. Imports neither torch nor torch_npu.
-
-    An NPU counts when torch_npu is installed, CANN's libraries load and the driver shows a device.
-    """
-    present = (
-        importlib.util.find_spec("torch_npu") is not None
-        and any(Path("/dev").glob("davinci[0-9]*"))
-        and all(_loads(name) for name in _CANN_LIBRARIES)
-    )
-    return ("npu", "cpu") if present else ("cpu",)
 
 
 def ensure_registered(device: Device) -> None:
@@ -50,12 +32,16 @@ def ensure_registered(device: Device) -> None:
 
 def _ensure_registered(device: Device) -> None:
     if _LIBRARIES:
-        if device == "npu" and "torch_npu" not in sys.modules:
+        if device == "npu" and sys.modules.get("torch_npu") is None:
             raise RuntimeError("ensure_registered('npu') must come before the first use of an operator")
         return
     if device == "npu":
         _import_torch_npu()
-    _register(define="torch_npu" not in sys.modules)
+    define = "torch_npu" not in sys.modules
+    if define:
+        # to libraries that look for it, it is not installed: loading it now would abort the process
+        sys.modules["torch_npu"] = None  # type: ignore[assignment]
+    _register(define=define)
 
 
 def operator(name: str) -> Callable[..., Any]:
@@ -137,11 +123,3 @@ def _absent(error: ImportError | OSError) -> Problem:
         why="it needs the libraries of CANN, and its environment script puts them on the loader path",
         fix="source .../ascend-toolkit/set_env.sh in this shell, or runtime.device=cpu",
     )
-
-
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 WITHOUT_CANN = """
 raise ImportError("libhccl.so: cannot open shared object file: No such file or directory")
 """
@@ -50,11 +52,26 @@ def test_torch_npu_without_cann_changes_nothing_for_the_cpu(tmp_path):
     import torch
     from framework import ops
     from framework.ops import register
-    assert register.available_devices() == ("cpu",)
     register.ensure_registered("cpu")
     print(ops.npu_swiglu(torch.ones(1, 4)).shape, torch.ops.npu.npu_swiglu(torch.ones(1, 4)).shape)
     """
     assert run(code, tmp_path, WITHOUT_CANN) == "torch.Size([1, 2]) torch.Size([1, 2])\n"
+
+
+@pytest.mark.parametrize("package", [WITHOUT_CANN, LOADABLE.replace("DEVICES", "1")], ids=["no cann", "cann"])
+def test_libraries_find_no_torch_npu_once_operators_run_on_the_cpu(package, tmp_path):
+    """transformers and diffusers import what they find; that would abort the process, or fail for want of CANN."""
+    (tmp_path / "torch_npu-2.13.0.dist-info").mkdir()
+    (tmp_path / "torch_npu-2.13.0.dist-info" / "METADATA").write_text("Name: torch_npu\nVersion: 2.13.0\n")
+    code = """
+    from framework.ops import register
+    register.ensure_registered("cpu")
+    from diffusers.models.transformers import dit_transformer_2d
+    from diffusers.utils import is_torch_npu_available as diffusers_finds
+    from transformers.utils import is_torch_npu_available as transformers_finds
+    print(diffusers_finds(), transformers_finds())
+    """
+    assert run(code, tmp_path, package) == "False False\n"
 
 
 ASK_FOR_AN_NPU = """
@@ -75,7 +92,8 @@ def test_an_npu_asked_for_without_cann_names_the_missing_library(tmp_path):
 
 
 def test_an_npu_asked_for_without_torch_npu_says_what_to_install(tmp_path):
-    assert "torch_npu is not installed" in run(ASK_FOR_AN_NPU, tmp_path)
+    hidden = "import sys\nsys.modules['torch_npu'] = None\n"
+    assert "torch_npu is not installed" in run(hidden + ASK_FOR_AN_NPU, tmp_path)
 
 
 def test_an_npu_asked_for_where_the_driver_shows_none_is_refused(tmp_path):
@@ -116,7 +134,6 @@ def test_importing_the_package_imports_no_torch(tmp_path):
     code = """
     import sys
     import framework.ops, framework.ops.register
-    framework.ops.register.available_devices()
     print("torch" in sys.modules)
     """
     assert run(code, tmp_path) == "False\n"

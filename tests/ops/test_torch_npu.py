@@ -4,11 +4,11 @@ It needs the torch_npu wheel and libraries under the names of CANN's on the load
 return an error). Where either is missing the tests are skipped.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ def calls(which):
 
 @pytest.fixture(scope="module")
 def recorded():
-    if importlib.util.find_spec("torch_npu") is None:
+    if PathFinder.find_spec("torch_npu") is None:
         pytest.skip("torch_npu is not installed")
     theirs = calls("torch_npu")
     if "absent" in theirs:
