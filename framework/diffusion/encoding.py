@@ -14,6 +14,7 @@ from torch import Tensor
 from framework.diffusion.parts import build_pipeline
 from framework.families.pipeline import describe_pipeline
 from framework.layers.group import Group
+from framework.ops.register import ensure_registered
 from framework.planning.plan import Plan
 
 TEXT = ("text_encoder", "tokenizer")  # how the names of components begin that only prompts need
@@ -46,6 +47,7 @@ ENCODES = {
 
 def load_encoders(plan: Plan, group: Group, progress: Any) -> LoadedEncoders:  # noqa: ANN401
     """Load the text encoders on rank 0; the others hold nothing."""
+    ensure_registered(plan.runtime.device)
     described = describe_pipeline(Path(plan.checkpoint))
     if group.rank:
         return LoadedEncoders(None, described.class_name)

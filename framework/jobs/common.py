@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,7 @@ def resolve_device(recipe: Recipe) -> str:
     """
     asked = recipe.runtime.device
     nodes = list(Path("/dev").glob("davinci[0-9]*"))
-    # on disk: a process whose operators run on the CPU hides it from its libraries (framework/ops/register.py)
-    installed = PathFinder.find_spec("torch_npu") is not None
+    installed = torch_npu_installed()
     if asked == "auto":
         return "npu" if nodes and installed else "cpu"
     if asked == "npu" and not (nodes and installed):
@@ -84,6 +82,11 @@ def resolve_device(recipe: Recipe) -> str:
             )
         )
     return str(asked)
+
+
+def torch_npu_installed() -> bool:
+    """Whether it could be imported here, also where operators of the CPU hid it (framework/ops/register.py)."""
+    return any(finder.find_spec("torch_npu", None) for finder in sys.meta_path)
 
 
 def command_of(recipe: Recipe) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from framework.capability.tiers import tier_of
 from framework.errors import Refused
 from framework.jobs.cann import cann_home, cann_version
-from framework.jobs.common import emit, emit_json, options
+from framework.jobs.common import emit, emit_json, options, torch_npu_installed
 from framework.jobs.run_dir import versions
 from framework.recipe.schema import Recipe
 from framework.report.doctor import doctor_markdown, doctor_text
@@ -114,7 +114,7 @@ def _tier(number: int, name: str) -> Finding:
 def _npu() -> list[Finding]:
     findings = []
     nodes = sorted(path.name for path in Path("/dev").glob("davinci[0-9]*"))
-    if importlib.util.find_spec("torch_npu") is None:
+    if not torch_npu_installed():
         verdict = "no" if nodes else "note"
         findings.append(
             Finding("torch_npu", "not installed", verdict, "", "pip install 'npu-launch[npu]'" if nodes else "")

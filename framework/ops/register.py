@@ -37,7 +37,7 @@ def _ensure_registered(device: Device) -> None:
         return
     if device == "npu":
         _import_torch_npu()
-    define = "torch_npu" not in sys.modules
+    define = sys.modules.get("torch_npu") is None
     if define:
         # to libraries that look for it, it is not installed: loading it now would abort the process
         sys.modules["torch_npu"] = None  # type: ignore[assignment]

@@ -1,6 +1,10 @@
 """Text encoders: each different prompt once, on one rank, before the pipeline is loaded; then they are gone."""
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +18,8 @@ from framework.layers.group import Alone
 from framework.planning.make import make_plan
 from framework.recipe.compose import compose
 from tests.diffusion import pipelines
+
+ROOT = Path(__file__).parents[2]
 
 
 def plan_of(folder):
@@ -42,6 +48,25 @@ def test_other_ranks_load_no_encoder(tmp_path):
     pipelines.wan(tmp_path)
     encoders = load_encoders(plan_of(tmp_path), SimpleNamespace(rank=1), lambda done, total: None)
     assert encoders.pipeline is None and encoders.encode([{"prompt": "a boat"}]) == []
+
+
+def test_a_pipeline_draws_beside_a_torch_npu_without_cann(tmp_path):
+    """diffusers and transformers import what is installed, so each loader must hide it before them."""
+    pipelines.wan(tmp_path)
+    (tmp_path / "path" / "torch_npu").mkdir(parents=True)
+    (tmp_path / "path" / "torch_npu" / "__init__.py").write_text("raise ImportError('libhccl.so: cannot open')")
+    about = tmp_path / "path" / "torch_npu-2.13.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: torch_npu\nVersion: 2.13.0\n")
+    given = [f"model.path={tmp_path}", "job.prompts=[a boat]", "job.steps=1", "job.height=16", "job.width=16"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), "recipe=diffusion/local", *given, "job.frames=1", "run.dir=run"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "path")}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, [path.name for path in (tmp_path / "run").glob("*.png")]) == (0, ["output-000.png"]), (
+        done.stderr
+    )
 
 
 def test_equal_prompts_are_encoded_once_and_before_the_pipeline_is_loaded(monkeypatch):

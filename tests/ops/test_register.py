@@ -64,14 +64,27 @@ def test_libraries_find_no_torch_npu_once_operators_run_on_the_cpu(package, tmp_
     (tmp_path / "torch_npu-2.13.0.dist-info").mkdir()
     (tmp_path / "torch_npu-2.13.0.dist-info" / "METADATA").write_text("Name: torch_npu\nVersion: 2.13.0\n")
     code = """
+    import torch
+    from framework.jobs.common import torch_npu_installed
     from framework.ops import register
     register.ensure_registered("cpu")
     from diffusers.models.transformers import dit_transformer_2d
     from diffusers.utils import is_torch_npu_available as diffusers_finds
     from transformers.utils import is_torch_npu_available as transformers_finds
-    print(diffusers_finds(), transformers_finds())
+    print(diffusers_finds(), transformers_finds(), torch_npu_installed())
     """
-    assert run(code, tmp_path, package) == "False False\n"
+    assert run(code, tmp_path, package) == "False False True\n"
+
+
+def test_operators_are_defined_where_torch_npu_is_hidden_already(tmp_path):
+    code = """
+    import sys, torch
+    sys.modules["torch_npu"] = None
+    from framework.ops import register
+    register.ensure_registered("cpu")
+    print(torch.ops.npu.npu_swiglu(torch.ones(1, 4, device="meta")).shape)
+    """
+    assert run(code, tmp_path) == "torch.Size([1, 2])\n"
 
 
 ASK_FOR_AN_NPU = """

@@ -8,11 +8,11 @@ import json
 import os
 import subprocess
 import sys
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 
+from framework.jobs.common import torch_npu_installed
 from tests.ops.scheme_calls import ROWS, N, cases
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def calls(which):
 
 @pytest.fixture(scope="module")
 def recorded():
-    if PathFinder.find_spec("torch_npu") is None:
+    if not torch_npu_installed():
         pytest.skip("torch_npu is not installed")
     theirs = calls("torch_npu")
     if "absent" in theirs:
