@@ -3,11 +3,11 @@
 The floor of a rank is measured in its own process on its own threads, around the load: reading its share of the
 checkpoint's bytes once, and unpacking the nibbles of its share to int8 once with one torch expression a tensor.
 Printed: the load against that floor, both by the clock and in processor time, which a shared machine disturbs less.
-That floor throws away what it unpacks and so needs no new memory, which a load cannot do without. So there are beside
-it the load against a floor that keeps what it unpacks, in a new process like the rank's; the ratio of a second load,
-into memory that the first one left with the process; and the time of writing one byte to every page of as much new
-memory as the rank holds. Last the peak of memory over what the process had before, against what the rank holds. Ratios
-of one run mean something, seconds do not: the page cache serves the file.
+That floor uses one buffer again and again, and a load cannot do without new memory. So there are beside it the load
+against a floor that reads the bytes into new memory and keeps them, as many as the rank holds, in a process like the
+rank's; the ratio of a second load, into memory that the first one left with the process; and the time of writing one
+byte to every page of as much new memory as the rank holds. Last the peak of memory over what the process had before,
+against what the rank holds. Ratios of one run mean something, seconds do not: the page cache serves the file.
 
     python benchmarks/load.py --format awq --threads 1
 """
@@ -104,28 +104,30 @@ class Stopwatch:
 
 
 def floor(path: Path, share: int, keep: bool = False) -> tuple[float, float]:
-    """Read 1 / share of a checkpoint's bytes, and unpack as much of its nibbles; return both times."""
+    """Read 1 / share of a checkpoint's bytes, and unpack as much of its nibbles; return both times.
+
+    `keep`: the bytes stay in memory of their own.
+    """
     import torch
 
     from framework.checkpoint.open import open_index
 
-    index, buffer = open_index(path), memoryview(bytearray(READ_BYTES))
+    index, buffers = open_index(path), [torch.empty(READ_BYTES, dtype=torch.uint8)]
     watch = Stopwatch()
     for file in index.files:
         descriptor, left = os.open(file, os.O_RDONLY), file.stat().st_size // share
         while left > 0:
-            left -= os.readv(descriptor, [buffer[: min(left, READ_BYTES)]])
+            if keep:
+                buffers.append(torch.empty(READ_BYTES, dtype=torch.uint8))
+            left -= os.readv(descriptor, [buffers[-1].numpy()[: min(left, READ_BYTES)]])
         os.close(descriptor)
     read = watch.read()
     sizes = [info.nbytes // share for info in index.tensors.values() if info.dtype in CODES]
     raw = torch.randint(0, 256, (max(sizes),), dtype=torch.uint8)
-    kept = []
     watch = Stopwatch()
     for size in sizes:
         part = raw[:size]
-        codes = torch.stack((part & 15, part >> 4), dim=-1).view(torch.int8).sub_(8)
-        if keep:
-            kept.append(codes)
+        torch.stack((part & 15, part >> 4), dim=-1).view(torch.int8).sub_(8)
     unpack = watch.read()
     return read[0] + unpack[0], read[1] + unpack[1]
 
@@ -147,10 +149,12 @@ class Rank:
 
 
 def measure_kept(path: Path, size: int, threads: int, results: Any) -> None:  # noqa: ANN401
-    """Child process: the floor of one rank that keeps what it unpacks."""
+    """Child process: the floor of one rank that keeps what it reads."""
     import torch
 
     torch.set_num_threads(threads)
+    floor(path, size)
+    floor(path, size)
     results.put(floor(path, size, keep=True))
 
 
