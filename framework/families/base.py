@@ -62,11 +62,6 @@ class Moe:
     group_best: int = 1
     correction_bias: bool = False
 
-    @property
-    def can_turn(self) -> bool:
-        """Whether experts alone decide: of groups, the last chosen may lose to another one instead."""
-        return self.top_groups == self.groups and not (self.correction_bias and self.scoring == "softmax")
-
 
 @dataclass(frozen=True, slots=True)
 class Mla:

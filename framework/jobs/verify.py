@@ -130,14 +130,14 @@ def _verified(session: Session, plan: Plan, reference: Reference, holds: Holds) 
     """Compute one prompt's logits and compare them."""
     ids = reference.ids
     logits: Array = session.call("score", ids)[0]
-    moe = plan.spec.moe if plan.spec is not None else None
-    ties = [] if moe is None else near_ties(session.call("router_margins", ids)[0])
+    has_routers = plan.spec is not None and plan.spec.moe is not None
+    ties = near_ties(session.call("router_margins", ids)[0]) if has_routers else []
 
     def rescore(turned: list[Tie]) -> Array:
         choices = [(tie["layer"], tie["position"]) for tie in turned]
         return session.call("score", ids, choices)[0]  # type: ignore[no-any-return]
 
-    return _compare(logits, reference, ties, holds, rescore if moe is not None and moe.can_turn else None)
+    return _compare(logits, reference, ties, holds, rescore)
 
 
 def near_ties(margins: Mapping[str, Array]) -> list[Tie]:
@@ -169,12 +169,12 @@ def _compare(
     reference: Reference,
     ties: list[Tie],
     holds: Holds,
-    rescore: Callable[[list[Tie]], Array] | None,
+    rescore: Callable[[list[Tie]], Array],
 ) -> dict[str, Any]:
     """Compare one prompt. Where it does not hold, the closest near-ties are turned: every position must hold then.
 
     A flip moves its own position and those after it. So they are tried from the first position on, and what brings
-    its own position nearer stays turned. `rescore` computes logits with these choices the other way; None: it cannot.
+    its own position nearer stays turned. `rescore` computes logits with these choices the other way.
     """
     if ours.shape != reference.logits.shape:
         raise InputError(
@@ -190,7 +190,7 @@ def _compare(
     if not ties:
         return found
     best, turned = found, []
-    for tie in sorted(ties[:MOST_TRIED], key=lambda tie: tie["position"]) if rescore else ():
+    for tie in sorted(ties[:MOST_TRIED], key=lambda tie: tie["position"]):
         if holds(best):
             break
         tried, row = [*turned, tie], tie["position"]

@@ -57,37 +57,53 @@ class Router(nn.Module):
 
         Where groups of experts are chosen first, the last chosen group may be the one that is nearer to another.
         """
-        moe = self.moe
-        chances = scores.sigmoid() if moe.scoring == "sigmoid" else scores.softmax(-1)
-        if self.correction is not None:
-            chances = chances + self.correction
-        nearest = torch.full((len(scores),), torch.inf, device=scores.device)
-        if moe.top_groups < moe.groups:
-            by_group = chances.unflatten(-1, (moe.groups, -1))
-            of_groups = by_group.topk(moe.group_best, dim=-1).values.sum(-1)
-            best, which = of_groups.topk(moe.top_groups + 1, dim=-1)
-            nearest = best[:, -2] - best[:, -1]
-            kept = which[:, :-1, None].expand(-1, -1, by_group.shape[-1])
-            chances = by_group.gather(1, kept).flatten(1)
-        if moe.top_k < chances.shape[-1]:
-            best = chances.topk(moe.top_k + 1, dim=-1).values
-            nearest = nearest.minimum(best[:, -2] - best[:, -1])
-        return nearest
+        return torch.minimum(*(margin for _, margin in self._others(scores)))
 
-    def turned(self, scores: Tensor) -> Tensor:
-        """[T, E] -> scores by which the best expert left out takes the place of the last one chosen (moe.can_turn)."""
-        is_sigmoid, best = self.moe.scoring == "sigmoid", scores.float()
-        best = best.sigmoid() if is_sigmoid else best
-        correction = torch.zeros_like(best[:1]) if self.correction is None else self.correction.float()[None]
-        best = best + correction
-        inside = torch.zeros_like(best, dtype=torch.bool).scatter(1, self.choose(scores.float())[1].long(), True)
-        last = best.masked_fill(~inside, torch.inf).argmin(-1, keepdim=True)
-        below = best.masked_fill(inside, -torch.inf).amax(-1, keepdim=True)
-        # some steps of the scores' own dtype lower
-        below = below - 4 * torch.finfo(scores.dtype).eps * below.abs().clamp(min=1.0)
-        if is_sigmoid:
-            below = torch.logit((below - correction.expand_as(best).gather(1, last)).clamp(0.0, 1.0), eps=1e-6)
-        return scores.scatter(1, last, below.to(scores.dtype))
+    def choose_otherwise(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Fp32 [T, E] -> weights and experts with the nearest decision the other way.
+
+        The best expert left out takes the place of the last one chosen, or the best group that of the last group.
+        """
+        (swapped, of_experts), (regrouped, of_groups) = self._others(scores)
+        chosen = torch.where((of_groups < of_experts)[:, None], regrouped, swapped)
+        moe = self.moe
+        weights = self._chances(scores).gather(-1, chosen)
+        if moe.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * moe.scaling, chosen.int()
+
+    def _chances(self, scores: Tensor) -> Tensor:
+        return scores.sigmoid() if self.moe.scoring == "sigmoid" else scores.softmax(-1)
+
+    def _others(self, scores: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Experts [T, k] by another last expert, and by another last group; each with its margin [T] to the choice."""
+        moe = self.moe
+        compared = self._chances(scores)
+        if self.correction is not None:
+            compared = compared + self.correction
+        by_group = compared.unflatten(-1, (moe.groups, -1))
+        of_groups = by_group.topk(moe.group_best, dim=-1).values.sum(-1)
+        groups, group_margin = _other_last(of_groups, moe.top_groups)
+
+        def best_of(kept: Tensor) -> Tensor:
+            inside = torch.zeros_like(of_groups, dtype=torch.bool).scatter(1, kept, True)
+            return by_group.masked_fill(~inside[..., None], -torch.inf).flatten(1)
+
+        order = of_groups.sort(dim=-1, descending=True, stable=True).indices
+        swapped, margin = _other_last(best_of(order[:, : moe.top_groups]), moe.top_k)
+        regrouped = best_of(groups).sort(dim=-1, descending=True, stable=True).indices[:, : moe.top_k]
+        return (swapped, margin), (regrouped, group_margin)
+
+
+def _other_last(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[T, N] -> the k best but the last and the one after it [T, k], and what is between these two [T].
+
+    Of equal ones the first is better, as the operators have it. Where none is left out: the k best, infinity.
+    """
+    best, order = values.sort(dim=-1, descending=True, stable=True)
+    if k == values.shape[-1]:
+        return order, torch.full_like(best[:, 0], torch.inf)
+    return torch.cat((order[:, : k - 1], order[:, k : k + 1]), -1), best[:, k - 1] - best[:, k]
 
 
 class Experts(nn.Module):

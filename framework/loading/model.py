@@ -73,12 +73,12 @@ class LoadedModel:
     def score(self, token_ids: list[int], turned: Sequence[tuple[str, int]] = ()) -> np.ndarray[Any, Any] | None:
         """Return fp32 logits [T, vocab] of every position, on rank 0.
 
-        `turned`: layers with experts and positions at which the best expert left out takes the last one's place.
+        `turned`: layers with experts and positions at which the router's nearest decision goes the other way.
         """
         rows: dict[str, set[int]] = {}
         for layer, position in turned:
             rows.setdefault(layer, set()).add(position)
-        with self._at_gates(lambda name, router: _turner(router, rows[name]) if name in rows else None):
+        with self._at_routers(lambda name, router: _turner(router, rows[name]) if name in rows else None):
             logits = self._engine.score(token_ids)
         return logits.numpy() if self.group.rank == 0 else None
 
@@ -90,16 +90,16 @@ class LoadedModel:
     def router_margins(self, token_ids: list[int]) -> dict[str, np.ndarray[Any, Any]]:
         """Return, by layer, how close each position of one forward pass was to choosing another expert [T]."""
         margins: dict[str, np.ndarray[Any, Any]] = {}
-        with self._at_gates(lambda name, router: _margin_recorder(name, router, margins)):
+        with self._at_routers(lambda name, router: _margin_recorder(name, router, margins)):
             self._engine.score(token_ids)
         return margins
 
     @contextmanager
-    def _at_gates(self, hook_of: Callable[[str, Router], Any]) -> Iterator[None]:
-        """Hook the gates for which there is a hook, by the layer's name and its router."""
+    def _at_routers(self, hook_of: Callable[[str, Router], Any]) -> Iterator[None]:
+        """Hook the routers for which there is a hook, by the layer's name."""
         routers = {name.removesuffix(".router"): m for name, m in self.model.named_modules() if isinstance(m, Router)}
         hooks = [(router, hook_of(name, router)) for name, router in routers.items()]
-        handles = [router.gate.register_forward_hook(hook) for router, hook in hooks if hook is not None]
+        handles = [router.register_forward_hook(hook) for router, hook in hooks if hook is not None]
         try:
             yield
         finally:
@@ -123,8 +123,8 @@ class LoadedModel:
 
 
 def _margin_recorder(name: str, router: Router, margins: dict[str, np.ndarray[Any, Any]]) -> Any:  # noqa: ANN401
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found = router.margins(output.float()).cpu().numpy()
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        found = router.margins(router.gate(inputs[0]).float()).cpu().numpy()
         margins[name] = np.concatenate([margins[name], found]) if name in margins else found
 
     return record
@@ -133,15 +133,18 @@ def _margin_recorder(name: str, router: Router, margins: dict[str, np.ndarray[An
 def _turner(router: Router, positions: set[int]) -> Any:  # noqa: ANN401
     seen = 0
 
-    def turn(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def turn(
+        module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
         nonlocal seen
-        rows = [position - seen for position in sorted(positions) if seen <= position < seen + len(output)]
-        seen += len(output)
-        return (
-            output.index_copy(0, torch.tensor(rows, device=output.device), router.turned(output[rows]))
-            if rows
-            else output
-        )
+        (x,), (weights, chosen) = inputs, output
+        rows = [position - seen for position in sorted(positions) if seen <= position < seen + len(x)]
+        seen += len(x)
+        if not rows:
+            return None
+        others = router.choose_otherwise(router.gate(x).float()[rows])
+        where = torch.tensor(rows, device=x.device)
+        return weights.index_copy(0, where, others[0]), chosen.index_copy(0, where, others[1])
 
     return turn
 

@@ -62,15 +62,6 @@ def test_an_earlier_flip_does_not_hide_that_a_later_and_closer_one_is_needed():
     assert HOLDS(found) and positions(found) == [7, 21]
 
 
-def test_routers_that_choose_groups_first_are_not_tried():
-    near = [{"position": 1, "layer": "layers.0.mlp", "margin": 1e-4}]
-    expected = np.zeros((40, 8), np.float32)
-    found = _compare(expected + 1, Reference(list(range(40)), expected), near, HOLDS, None)
-    assert not HOLDS(found) and "turned" not in found and found["near_ties"] == near
-    grouped = Moe(experts=8, top_k=2, intermediate=8, layers=(True,), groups=4, top_groups=2)
-    assert not grouped.can_turn and all(moe.can_turn for moe, _ in ROUTERS.values())
-
-
 def test_where_no_router_was_near_nothing_is_turned():
     found = compared(flips=[7], ties=[9])
     assert not HOLDS(found) and "turned" not in found and found["near_ties"]
@@ -85,32 +76,72 @@ def test_what_holds_needs_nothing_turned():
     assert HOLDS(found) and "turned" not in found
 
 
+def moe(experts, top_k, **more):
+    return Moe(experts=experts, top_k=top_k, intermediate=8, layers=(True,), **more)
+
+
+CORRECTION = torch.tensor([0.0, 0.3, -0.2, 0.1, 0.0, -0.1, 0.2, -0.3])
 ROUTERS = {
-    "softmax": (Moe(experts=6, top_k=2, intermediate=8, layers=(True,)), None),
-    "sigmoid": (Moe(experts=6, top_k=3, intermediate=8, layers=(True,), scoring="sigmoid"), None),
-    "corrected": (
-        Moe(experts=6, top_k=2, intermediate=8, layers=(True,), scoring="sigmoid", correction_bias=True),
-        torch.tensor([0.0, 0.3, -0.2, 0.1, 0.0, -0.1]),
+    "softmax": (moe(8, 2), None),
+    "softmax as it is": (moe(8, 2, renormalize=False), None),
+    "sigmoid": (moe(8, 3, scoring="sigmoid"), None),
+    "corrected": (moe(8, 2, scoring="sigmoid", correction_bias=True, scaling=2.5), CORRECTION),
+    "deepseek v2": (moe(8, 3, renormalize=False, groups=4, top_groups=2, scaling=16.0), None),
+    "deepseek v3": (
+        moe(8, 3, scoring="sigmoid", correction_bias=True, groups=4, top_groups=2, group_best=2, scaling=2.5),
+        CORRECTION,
     ),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def ranking(values):
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))
+
+
+def literal(scores, router, decision=None):
+    """Return one token's experts with weights, and the margin of each decision: one of them can go the other way."""
+    m = router.moe
+    e = np.exp(scores - scores.max())
+    chances = 1 / (1 + np.exp(-scores)) if m.scoring == "sigmoid" else e / e.sum()
+    compared = chances + (0 if router.correction is None else router.correction.numpy())
+    size, margins = len(scores) // m.groups, {"groups": np.inf}
+    of_groups = [sum(sorted(compared[g * size : (g + 1) * size])[-m.group_best :]) for g in range(m.groups)]
+    groups = ranking(of_groups)
+    if m.top_groups < m.groups:
+        margins["groups"] = of_groups[groups[m.top_groups - 1]] - of_groups[groups[m.top_groups]]
+    kept = groups[: m.top_groups - 1] + groups[m.top_groups - (decision != "groups") :][:1]
+    allowed = sorted(i for i in range(len(scores)) if i // size in kept)
+    best = [allowed[i] for i in ranking(compared[allowed])]
+    margins["experts"] = compared[best[m.top_k - 1]] - compared[best[m.top_k]]
+    chosen = best[: m.top_k - 1] + best[m.top_k - (decision != "experts") :][:1]
+    total = chances[chosen].sum() if m.renormalize else 1.0
+    return {i: chances[i] / total * m.scaling for i in chosen}, margins
+
+
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_turned_router_takes_the_best_one_left_out_instead_of_the_last(name, dtype):
-    moe, correction = ROUTERS[name]
-    router = Router(torch.nn.Identity(), correction, moe)
-    scores = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
-    tied = scores.sign()  # many are equal
-    level = Router(torch.nn.Identity(), None if correction is None else torch.zeros(6), moe)
-    before, after = (level.choose(each.float())[1].long() for each in (tied, level.turned(tied)))
-    assert all(len({*a} - {*b}) == 1 for a, b in zip(before.tolist(), after.tolist(), strict=True))
-    chances = scores.double().sigmoid() if moe.scoring == "sigmoid" else scores.double()
-    ranked = (chances if correction is None else chances + correction).argsort(-1, descending=True)
-    k = moe.top_k
-    expected = torch.cat((ranked[:, : k - 1], ranked[:, k : k + 1]), -1).sort(-1).values
-    assert moe.can_turn
-    assert torch.equal(router.choose(router.turned(scores).float())[1].long().sort(-1).values, expected)
+def test_the_nearest_decision_of_a_router_goes_the_other_way_and_weights_follow(name):
+    mixture, correction = ROUTERS[name]
+    router = Router(torch.nn.Identity(), correction, mixture)
+    scores = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
+    plain, other, margins = router.choose(scores), router.choose_otherwise(scores), router.margins(scores)
+    turned = set()
+    for t, row in enumerate(scores.double().numpy()):
+        wanted, near = literal(row, router)
+        assert dict(zip(plain[1][t].tolist(), plain[0][t].tolist(), strict=True)) == pytest.approx(wanted, rel=1e-5)
+        assert float(margins[t]) == pytest.approx(min(near.values()), abs=1e-6)
+        decision = min(near, key=near.get)
+        turned.add(decision)
+        wanted, _ = literal(row, router, decision)
+        assert dict(zip(other[1][t].tolist(), other[0][t].tolist(), strict=True)) == pytest.approx(wanted, rel=1e-5)
+    assert turned == ({"experts", "groups"} if mixture.groups > 1 else {"experts"})
+
+
+@pytest.mark.parametrize("name", [name for name, (mixture, _) in ROUTERS.items() if mixture.groups == 1])
+def test_among_equal_experts_another_one_is_taken(name):
+    router = Router(torch.nn.Identity(), None, ROUTERS[name][0])
+    scores = torch.randn(20, 8, generator=torch.Generator().manual_seed(1)).sign()
+    before, after = router.choose(scores)[1].tolist(), router.choose_otherwise(scores)[1].tolist()
+    assert all(len({*a} - {*b}) == 1 for a, b in zip(before, after, strict=True))
 
 
 def test_the_other_choice_moves_its_position_and_those_after_it():
