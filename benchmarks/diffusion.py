@@ -23,6 +23,9 @@ TEXT_TOKENS = 64
 
 def write(folder: Path, dtype: Any) -> None:  # noqa: ANN401
     """Write a pipeline of one expert, without text encoder."""
+    from framework.ops.register import ensure_registered
+
+    ensure_registered("cpu")  # before diffusers looks for torch_npu
     import diffusers
     import torch
 

@@ -176,9 +176,9 @@ def measure(path: Path, rank: int, size: int, threads: int, dtype: str, results:
     recipe = compose(["recipe=llm/local", *overrides])
     plan = make_plan(check(recipe, {"": open_index(path)}, read_capability(recipe)), "cpu")
     ops.npu_rms_norm(torch.ones(1, 8), torch.ones(8))
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     floor(path, size)  # warms the page cache and the allocator
     floors = [floor(path, size)]
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     watch = Stopwatch()
     model = load(plan, Rank(rank, size), lambda done, total: None)  # type: ignore[arg-type]
     took = watch.read()

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-Tie = dict[str, Any]  # position, layer, margin
-# Two experts closer than this may change places by rounding, at no more than this share of a prompt's positions.
+Tie = dict[str, Any]  # position, layer, decision (experts, groups), margin
+# Two experts or groups closer than this may change places by rounding, at no more than this share of the positions.
 TIE = 1e-3
 MOST_FLIPPED = 0.05
 MOST_TRIED = 8  # forward passes, for each prompt that does not hold
@@ -134,17 +134,18 @@ def _verified(session: Session, plan: Plan, reference: Reference, holds: Holds) 
     ties = near_ties(session.call("router_margins", ids)[0]) if has_routers else []
 
     def rescore(turned: list[Tie]) -> Array:
-        choices = [(tie["layer"], tie["position"]) for tie in turned]
+        choices = [(tie["layer"], tie["position"], tie["decision"]) for tie in turned]
         return session.call("score", ids, choices)[0]  # type: ignore[no-any-return]
 
     return _compare(logits, reference, ties, holds, rescore)
 
 
-def near_ties(margins: Mapping[str, Array]) -> list[Tie]:
-    """Return the positions whose last chosen expert was less than TIE from the next one, the closest first."""
+def near_ties(margins: Mapping[str, Mapping[str, Array]]) -> list[Tie]:
+    """Return where the last expert or group chosen was less than TIE from the next one, the closest first."""
     found = [
-        {"position": position, "layer": layer, "margin": float(margin)}
-        for layer, by_position in margins.items()
+        {"position": position, "layer": layer, "decision": decision, "margin": float(margin)}
+        for layer, of_layer in margins.items()
+        for decision, by_position in of_layer.items()
         for position, margin in enumerate(by_position)
         if margin < TIE
     ]
@@ -193,7 +194,9 @@ def _compare(
     for tie in sorted(ties[:MOST_TRIED], key=lambda tie: tie["position"]):
         if holds(best):
             break
-        tried, row = [*turned, tie], tie["position"]
+        # a router decides once a position: the later one takes the place of another
+        place, row = (tie["layer"], tie["position"]), tie["position"]
+        tried = [*(each for each in turned if (each["layer"], each["position"]) != place), tie]
         if len({each["position"] for each in tried}) > MOST_FLIPPED * len(ours):
             continue
         other = rescore(tried)

@@ -12,6 +12,7 @@ from framework.layers.mlp import GatedMLP
 from framework.layers.submodules import find_submodules_directly
 
 SOFTMAX, SIGMOID = 0, 1  # norm_type of npu_moe_gating_top_k
+DECISIONS = ("experts", "groups")  # what a router may decide otherwise by rounding
 COUNTS = 1  # expert_tokens_num_type of npu_moe_init_routing_v2, group_list_type of npu_grouped_matmul
 
 
@@ -52,58 +53,60 @@ class Router(nn.Module):
             weights = scores.sigmoid().gather(-1, chosen.long())
         return weights * moe.scaling, chosen
 
-    def margins(self, scores: Tensor) -> Tensor:
-        """Fp32 [T, E] -> [T]: how far the last chosen expert is from the best one left out, in what is compared.
+    def margins(self, scores: Tensor) -> dict[str, Tensor]:
+        """Fp32 [T, E] -> [T] of each decision: how far the last one chosen is from the best left out.
 
-        Where groups of experts are chosen first, the last chosen group may be the one that is nearer to another.
+        In what is compared: scores as weights with their correction, of groups the sum of their best.
         """
-        return torch.minimum(*(margin for _, margin in self._others(scores)))
+        return {decision: self._other(scores, decision)[1] for decision in DECISIONS}
 
-    def choose_otherwise(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Fp32 [T, E] -> weights and experts with the nearest decision the other way.
-
-        The best expert left out takes the place of the last one chosen, or the best group that of the last group.
-        """
-        (swapped, of_experts), (regrouped, of_groups) = self._others(scores)
-        chosen = torch.where((of_groups < of_experts)[:, None], regrouped, swapped)
-        moe = self.moe
+    def choose_otherwise(self, scores: Tensor, decision: str) -> tuple[Tensor, Tensor]:
+        """Fp32 [T, E] -> weights and experts where the best one left out takes the place of the last one chosen."""
+        chosen, _ = self._other(scores, decision)
         weights = self._chances(scores).gather(-1, chosen)
-        if moe.renormalize:
+        if self.moe.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        return weights * moe.scaling, chosen.int()
+        return weights * self.moe.scaling, chosen.int()
 
     def _chances(self, scores: Tensor) -> Tensor:
         return scores.sigmoid() if self.moe.scoring == "sigmoid" else scores.softmax(-1)
 
-    def _others(self, scores: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Experts [T, k] by another last expert, and by another last group; each with its margin [T] to the choice."""
+    def _other(self, scores: Tensor, decision: str) -> tuple[Tensor, Tensor]:
+        """Experts [T, k] with one decision the other way, and its margin [T]; infinite where that changes nothing."""
         moe = self.moe
         compared = self._chances(scores)
         if self.correction is not None:
             compared = compared + self.correction
         by_group = compared.unflatten(-1, (moe.groups, -1))
-        of_groups = by_group.topk(moe.group_best, dim=-1).values.sum(-1)
-        groups, group_margin = _other_last(of_groups, moe.top_groups)
+        of_groups = by_group.topk(min(moe.group_best, by_group.shape[-1]), dim=-1).values.sum(-1)
 
-        def best_of(kept: Tensor) -> Tensor:
-            inside = torch.zeros_like(of_groups, dtype=torch.bool).scatter(1, kept, True)
+        def ranked(groups: Tensor) -> Tensor:
+            inside = torch.zeros_like(of_groups, dtype=torch.bool).scatter(1, groups, True)
             return by_group.masked_fill(~inside[..., None], -torch.inf).flatten(1)
 
-        order = of_groups.sort(dim=-1, descending=True, stable=True).indices
-        swapped, margin = _other_last(best_of(order[:, : moe.top_groups]), moe.top_k)
-        regrouped = best_of(groups).sort(dim=-1, descending=True, stable=True).indices[:, : moe.top_k]
-        return (swapped, margin), (regrouped, group_margin)
+        kept = ranked(_order(of_groups)[:, : moe.top_groups])
+        if decision == "experts":
+            return _other_last(kept, moe.top_k)
+        groups, margin = _other_last(of_groups, moe.top_groups)
+        plain, other = (_order(values)[:, : moe.top_k] for values in (kept, ranked(groups)))
+        return other, margin.masked_fill((plain.sort(-1).values == other.sort(-1).values).all(-1), torch.inf)
+
+
+def _order(values: Tensor) -> Tensor:
+    """[T, N] -> the best first; of equal ones the first, as the operators have it."""
+    return values.sort(dim=-1, descending=True, stable=True).indices
 
 
 def _other_last(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """[T, N] -> the k best but the last and the one after it [T, k], and what is between these two [T].
 
-    Of equal ones the first is better, as the operators have it. Where none is left out: the k best, infinity.
+    Where none is left out: the k best, infinity.
     """
-    best, order = values.sort(dim=-1, descending=True, stable=True)
+    order = _order(values)
     if k == values.shape[-1]:
-        return order, torch.full_like(best[:, 0], torch.inf)
-    return torch.cat((order[:, : k - 1], order[:, k : k + 1]), -1), best[:, k - 1] - best[:, k]
+        return order, torch.full_like(values[:, 0], torch.inf)
+    last, after = values.gather(-1, order[:, k - 1 : k + 1]).unbind(-1)
+    return torch.cat((order[:, : k - 1], order[:, k : k + 1]), -1), last - after
 
 
 class Experts(nn.Module):

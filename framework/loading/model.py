@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from framework.engine.cache import KVCache
@@ -20,6 +19,8 @@ from framework.layers.linear import ParallelLinear
 from framework.models.decoder import Decoder
 from framework.planning.plan import Plan
 from framework.text.tokenizer import Tokenizer
+
+Turn = tuple[str, int, str]  # layer, position, decision
 
 
 class LoadedModel:
@@ -70,14 +71,14 @@ class LoadedModel:
         """Let `serve` end on all ranks, on rank 0; from any thread."""
         self._inbox.close()
 
-    def score(self, token_ids: list[int], turned: Sequence[tuple[str, int]] = ()) -> np.ndarray[Any, Any] | None:
+    def score(self, token_ids: list[int], turned: Sequence[Turn] = ()) -> np.ndarray[Any, Any] | None:
         """Return fp32 logits [T, vocab] of every position, on rank 0.
 
-        `turned`: layers with experts and positions at which the router's nearest decision goes the other way.
+        `turned`: layers with experts, positions and the decision of the router that goes the other way there.
         """
-        rows: dict[str, set[int]] = {}
-        for layer, position in turned:
-            rows.setdefault(layer, set()).add(position)
+        rows: dict[str, dict[int, str]] = {}
+        for layer, position, decision in turned:
+            rows.setdefault(layer, {})[position] = decision
         with self._at_routers(lambda name, router: _turner(router, rows[name]) if name in rows else None):
             logits = self._engine.score(token_ids)
         return logits.numpy() if self.group.rank == 0 else None
@@ -87,10 +88,10 @@ class LoadedModel:
         logits = self._engine.score_stepwise(token_ids)
         return logits.numpy() if self.group.rank == 0 else None
 
-    def router_margins(self, token_ids: list[int]) -> dict[str, np.ndarray[Any, Any]]:
-        """Return, by layer, how close each position of one forward pass was to choosing another expert [T]."""
-        margins: dict[str, np.ndarray[Any, Any]] = {}
-        with self._at_routers(lambda name, router: _margin_recorder(name, router, margins)):
+    def router_margins(self, token_ids: list[int]) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+        """Return, by layer and decision, how close each position of one forward pass was to deciding otherwise [T]."""
+        margins: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+        with self._at_routers(lambda name, router: _margin_recorder(router, margins.setdefault(name, {}))):
             self._engine.score(token_ids)
         return margins
 
@@ -122,29 +123,27 @@ class LoadedModel:
         return outputs
 
 
-def _margin_recorder(name: str, router: Router, margins: dict[str, np.ndarray[Any, Any]]) -> Any:  # noqa: ANN401
+def _margin_recorder(router: Router, margins: dict[str, np.ndarray[Any, Any]]) -> Any:  # noqa: ANN401
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        found = router.margins(router.gate(inputs[0]).float()).cpu().numpy()
-        margins[name] = np.concatenate([margins[name], found]) if name in margins else found
+        for decision, found in router.margins(router.gate(inputs[0]).float()).items():
+            rows = found.cpu().numpy()
+            margins[decision] = np.concatenate([margins[decision], rows]) if decision in margins else rows
 
     return record
 
 
-def _turner(router: Router, positions: set[int]) -> Any:  # noqa: ANN401
+def _turner(router: Router, decisions: Mapping[int, str]) -> Any:  # noqa: ANN401
     seen = 0
 
-    def turn(
-        module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor] | None:
+    def turn(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         nonlocal seen
-        (x,), (weights, chosen) = inputs, output
-        rows = [position - seen for position in sorted(positions) if seen <= position < seen + len(x)]
-        seen += len(x)
-        if not rows:
-            return None
-        others = router.choose_otherwise(router.gate(x).float()[rows])
-        where = torch.tensor(rows, device=x.device)
-        return weights.index_copy(0, where, others[0]), chosen.index_copy(0, where, others[1])
+        scores, (weights, chosen) = router.gate(inputs[0]).float(), output
+        for position, decision in decisions.items():
+            if seen <= position < seen + len(scores):
+                row = slice(position - seen, position - seen + 1)
+                weights[row], chosen[row] = router.choose_otherwise(scores[row], decision)
+        seen += len(scores)
+        return weights, chosen
 
     return turn
 

@@ -47,7 +47,7 @@ def verify_text(document: dict[str, Any], plan: dict[str, Any], ok: list[bool], 
 
 
 def _ties(prompts: list[dict[str, Any]]) -> list[str]:
-    """Where a router nearly chose other experts, the closest of each prompt."""
+    """Where a router nearly chose other experts or another group of them, the closest of each prompt."""
     lines = []
     for i, prompt in enumerate(prompts):
         ties = prompt.get("near_ties", [])

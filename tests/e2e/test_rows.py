@@ -73,7 +73,7 @@ def by_threads(plan, prompts):
     def work(group):
         model = load(plan, group, lambda done, total: None)
         margins = [model.router_margins(ids) if plan.spec.moe else {} for ids in prompts] if group.size == 1 else []
-        near = [np.any([layer < NEAR for layer in m.values()] or [False], axis=0) for m in margins]
+        near = [np.any([n < NEAR for layer in m.values() for n in layer.values()] or [False], axis=0) for m in margins]
         return [model.score(ids) for ids in prompts], near
 
     return on_ranks(plan.tp_size, work)[0]

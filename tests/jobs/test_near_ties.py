@@ -24,9 +24,12 @@ HOLDS = Holds("max_abs", 1e-3, 0.0)
 
 
 def test_positions_below_the_margin_are_listed_the_closest_first():
-    margins = {"layers.0.mlp": np.array([0.2, 9e-4, 0.5]), "layers.1.mlp": np.array([1e-5, 0.3, 1e-3])}
-    found = [(tie["position"], tie["layer"]) for tie in near_ties(margins)]
-    assert found == [(0, "layers.1.mlp"), (1, "layers.0.mlp")]
+    margins = {
+        "layers.0.mlp": {"experts": np.array([0.2, 9e-4, 0.5]), "groups": np.array([np.inf, np.inf, 2e-4])},
+        "layers.1.mlp": {"experts": np.array([1e-5, 0.3, 1e-3])},
+    }
+    found = [(tie["position"], tie["layer"], tie["decision"]) for tie in near_ties(margins)]
+    assert found == [(0, "layers.1.mlp", "experts"), (2, "layers.0.mlp", "groups"), (1, "layers.0.mlp", "experts")]
 
 
 def compared(flips, ties, tokens=40):
@@ -39,7 +42,7 @@ def compared(flips, ties, tokens=40):
             ours[position:] += 1.0 if position == min(flips) else 0.1
         return ours
 
-    near = [{"position": position, "layer": "layers.0.mlp", "margin": 1e-4} for position in ties]
+    near = [{"position": position, "layer": "layers.0.mlp", "decision": "experts", "margin": 1e-4} for position in ties]
     return _compare(logits(), Reference(list(range(tokens)), expected), near, HOLDS, logits)
 
 
@@ -67,6 +70,23 @@ def test_where_no_router_was_near_nothing_is_turned():
     assert not HOLDS(found) and "turned" not in found and found["near_ties"]
 
 
+def test_of_two_decisions_at_one_position_the_one_that_flipped_is_turned():
+    expected = np.zeros((40, 8), np.float32)
+    tries = []
+
+    def logits(turned):
+        tries.append([tie["decision"] for tie in turned])
+        return expected + {"experts": 0.5, "groups": 0.0}[turned[-1]["decision"]]
+
+    near = [
+        {"position": 7, "layer": "layers.0.mlp", "decision": decision, "margin": 1e-4}
+        for decision in ("experts", "groups")
+    ]
+    found = _compare(expected + 1, Reference(list(range(40)), expected), near, HOLDS, logits)
+    assert HOLDS(found) and found["turned"] == near[1:]
+    assert tries == [["experts"], ["groups"]]
+
+
 def test_flips_at_more_than_five_of_a_hundred_positions_do_not_hold():
     assert "turned" not in compared(flips=[7, 8, 9], ties=[7, 8, 9])  # 3 of 40
 
@@ -86,10 +106,10 @@ ROUTERS = {
     "softmax as it is": (moe(8, 2, renormalize=False), None),
     "sigmoid": (moe(8, 3, scoring="sigmoid"), None),
     "corrected": (moe(8, 2, scoring="sigmoid", correction_bias=True, scaling=2.5), CORRECTION),
-    "deepseek v2": (moe(8, 3, renormalize=False, groups=4, top_groups=2, scaling=16.0), None),
+    "deepseek v2": (moe(16, 3, renormalize=False, groups=4, top_groups=2, scaling=16.0), None),
     "deepseek v3": (
-        moe(8, 3, scoring="sigmoid", correction_bias=True, groups=4, top_groups=2, group_best=2, scaling=2.5),
-        CORRECTION,
+        moe(16, 3, scoring="sigmoid", correction_bias=True, groups=4, top_groups=2, group_best=2, scaling=2.5),
+        CORRECTION.repeat(2),
     ),
 }
 
@@ -119,35 +139,43 @@ def literal(scores, router, decision=None):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_the_nearest_decision_of_a_router_goes_the_other_way_and_weights_follow(name):
+def test_a_decision_of_a_router_goes_the_other_way_and_weights_follow(name):
     mixture, correction = ROUTERS[name]
     router = Router(torch.nn.Identity(), correction, mixture)
-    scores = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
-    plain, other, margins = router.choose(scores), router.choose_otherwise(scores), router.margins(scores)
-    turned = set()
+    scores = torch.randn(200, mixture.experts, generator=torch.Generator().manual_seed(1))
+    margins = router.margins(scores)
+    others = {decision: router.choose_otherwise(scores, decision) for decision in margins}
+    weights, chosen = router.choose(scores)
+    changed = set()
     for t, row in enumerate(scores.double().numpy()):
         wanted, near = literal(row, router)
-        assert dict(zip(plain[1][t].tolist(), plain[0][t].tolist(), strict=True)) == pytest.approx(wanted, rel=1e-5)
-        assert float(margins[t]) == pytest.approx(min(near.values()), abs=1e-6)
-        decision = min(near, key=near.get)
-        turned.add(decision)
-        wanted, _ = literal(row, router, decision)
-        assert dict(zip(other[1][t].tolist(), other[0][t].tolist(), strict=True)) == pytest.approx(wanted, rel=1e-5)
-    assert turned == ({"experts", "groups"} if mixture.groups > 1 else {"experts"})
+        assert dict(zip(chosen[t].tolist(), weights[t].tolist(), strict=True)) == pytest.approx(wanted, rel=1e-5)
+        for decision, (heavy, experts) in others.items():
+            if near[decision] == np.inf:
+                assert margins[decision][t] == torch.inf
+                continue
+            other, _ = literal(row, router, decision)
+            assert dict(zip(experts[t].tolist(), heavy[t].tolist(), strict=True)) == pytest.approx(other, rel=1e-5)
+            # another group from which nobody is taken, in the place of one of which nobody was, changes nothing
+            margin = np.inf if {*other} == {*wanted} else near[decision]
+            assert float(margins[decision][t]) == pytest.approx(margin, abs=1e-6)
+            changed.add((decision, {*other} != {*wanted}))
+    several = {("groups", True), ("groups", False)} if mixture.groups > 1 else set()
+    assert changed == {("experts", True)} | several
 
 
 @pytest.mark.parametrize("name", [name for name, (mixture, _) in ROUTERS.items() if mixture.groups == 1])
 def test_among_equal_experts_another_one_is_taken(name):
     router = Router(torch.nn.Identity(), None, ROUTERS[name][0])
     scores = torch.randn(20, 8, generator=torch.Generator().manual_seed(1)).sign()
-    before, after = router.choose(scores)[1].tolist(), router.choose_otherwise(scores)[1].tolist()
+    before, after = router.choose(scores)[1].tolist(), router.choose_otherwise(scores, "experts")[1].tolist()
     assert all(len({*a} - {*b}) == 1 for a, b in zip(before, after, strict=True))
 
 
 def test_the_other_choice_moves_its_position_and_those_after_it():
     model = load(plan_for(MOE / "awq-w4g64", dtype="float32"), Alone(), lambda done, total: None)
     ids = list(range(3, 23))
-    plain, other = model.score(ids), model.score(ids, [("layers.0.mlp", 9)])
+    plain, other = model.score(ids), model.score(ids, [("layers.0.mlp", 9, "experts")])
     moved = np.abs(plain - other).max(1) > 1e-4
     assert not moved[:9].any() and moved[9]
     assert np.array_equal(model.score(ids), plain)
@@ -182,4 +210,5 @@ def test_the_margin_is_between_the_last_chosen_and_the_next():
     router = Router(torch.nn.Identity(), torch.tensor([0.0, 0.1, 0.0, 0.0]), moe)
     scores = torch.logit(torch.tensor([[0.9, 0.45, 0.5, 0.2]]))
     # with the correction 0.9, 0.55, 0.5, 0.2: chosen are 0 and 1, expert 2 is next
-    torch.testing.assert_close(router.margins(scores), torch.tensor([0.05]))
+    torch.testing.assert_close(router.margins(scores)["experts"], torch.tensor([0.05]))
+    assert router.margins(scores)["groups"].tolist() == [torch.inf]
