@@ -122,10 +122,7 @@ class _Source:
         if self.bits != 4:
             return None
         if self.packing.along == "gptq" and k0 % 8 == k1 % 8 == 0:
-            words = self.words(info, k0 // 8, k1 // 8, n0, n1)
-            # not `contiguous`, which leaves one word a row as it is
-            rows = torch.empty(words.shape[::-1], dtype=torch.int32).copy_(_signed(words).t())
-            return Nibbles((rows,), Carrier.ALONG_K)
+            return Nibbles((_signed(self.words(info, k0 // 8, k1 // 8, n0, n1)),), Carrier.ALONG_K_FIRST)
         if self.packing.along == "awq" and self.fields == AWQ_FIELDS and n0 % 8 == n1 % 8 == 0:
             return Nibbles((_signed(self.words(info, k0, k1, n0 // 8, n1 // 8)),), Carrier.ALONG_N)
         return None

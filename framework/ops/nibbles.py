@@ -16,12 +16,14 @@ AWQ_FIELDS = (0, 4, 1, 5, 2, 6, 3, 7)
 class Carrier(Enum):
     """Which codes share a carrier.
 
-    ALONG_K: int32 [N, K/8], column c of eight in field c (GPTQ's words transposed, compressed-tensors).
+    ALONG_K: int32 [N, K/8], column c of eight in field c (compressed-tensors).
+    ALONG_K_FIRST: the same words as int32 [K/8, N] (GPTQ).
     ALONG_N: int32 [K, N/8], row c of eight in field AWQ_FIELDS[c] (AWQ).
     ROW_PAIRS: uint8 [N/2, K], the earlier row in the low half (ModelSlim).
     """
 
     ALONG_K = "along k"
+    ALONG_K_FIRST = "along k, columns first"
     ALONG_N = "along n"
     ROW_PAIRS = "row pairs"
 
@@ -48,6 +50,10 @@ class Nibbles:
         match self.carrier:
             case Carrier.ALONG_K:
                 codes = torch.cat([unpack_along_k(part, 4) for part in self.parts])
+            case Carrier.ALONG_K_FIRST:
+                words = torch.cat(self.parts, 1).t()
+                # not `contiguous`, which leaves one word a row as it is
+                codes = unpack_along_k(words.clone(memory_format=torch.contiguous_format), 4)
             case Carrier.ALONG_N:
                 codes = torch.cat([unpack_along_n(part, 4, AWQ_FIELDS) for part in self.parts], 1).t()
             case Carrier.ROW_PAIRS:
@@ -71,6 +77,8 @@ def part_shape(part: Tensor, carrier: Carrier) -> tuple[int, int]:
     match carrier:
         case Carrier.ALONG_K:
             return rows, 8 * columns
+        case Carrier.ALONG_K_FIRST:
+            return columns, 8 * rows
         case Carrier.ALONG_N:
             return 8 * columns, rows
         case Carrier.ROW_PAIRS:
