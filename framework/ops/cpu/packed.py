@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from framework.ops.cpu.memory import new_bytes
 from framework.ops.cpu.repack import can_repack, repack
 from framework.ops.linear import bfloat16_rows, linear, of_few_heights
 from framework.ops.nibbles import Nibbles
@@ -85,7 +86,7 @@ def pack(codes: Tensor | Nibbles, scale: Tensor, zero: Tensor, bits: int) -> Cpu
         # q + 128 = 16 h + l with h and l in 0..15, so q * s = (h - 8) * 16 s + (l - 8) * s + 8 s.
         high = torch.stack((scale * 16, torch.zeros_like(scale)), dim=-1)
         pairs = torch.cat((high, torch.stack((scale, zero + 8 * scale), dim=-1)))
-    packed = torch.empty((n, k * bits // 8), dtype=torch.uint8)
+    packed = new_bytes(n, k * bits // 8)
     form = CpuWeight(f"int{bits}", packed, k // scale.shape[0], pairs.bfloat16().contiguous())
     block = block_rows()
     if isinstance(codes, Nibbles):
