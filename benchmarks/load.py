@@ -5,9 +5,9 @@ checkpoint's bytes once, and unpacking the nibbles of its share to int8 once wit
 Printed: the load against that floor, both by the clock and in processor time, which a shared machine disturbs less.
 That floor uses one buffer again and again, and a load cannot do without new memory. So there are beside it the load
 against a floor that reads the bytes into new memory and keeps them, as many as the rank holds, in a process like the
-rank's; the ratio of a second load, into memory that the first one left with the process; and the time of writing one
-byte to every page of as much new memory as the rank holds. Last the peak of memory over what the process had before,
-against what the rank holds. Ratios of one run mean something, seconds do not: the page cache serves the file.
+rank's; and the time of writing one byte to every page of as much new memory as the rank holds. Last the peak of memory
+over what the process had before, against what the rank holds. Ratios of one run mean something, seconds do not: the
+page cache serves the file.
 
     python benchmarks/load.py --format awq --threads 1
 """
@@ -186,11 +186,7 @@ def measure(path: Path, rank: int, size: int, threads: int, dtype: str, results:
     floors.append(floor(path, size))
     mean = [sum(each) / len(floors) for each in zip(*floors, strict=True)]
     held = model.bytes_held()
-    del model
-    watch = Stopwatch()
-    load(plan, Rank(rank, size), lambda done, total: None)  # type: ignore[arg-type]
-    again = watch.read()
-    results.put((took, again, mean, touch(held), peak, held))
+    results.put((took, mean, touch(held), peak, held))
 
 
 def main() -> None:
@@ -202,7 +198,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here, or use the one that is there")
     given = parser.parse_args()
-    # memory that a load gives back stays with its process, for the second one
+    # memory that is given back stays with its process: temporaries cost no fault again
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
     os.environ |= {"OMP_NUM_THREADS": str(given.threads), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     with tempfile.TemporaryDirectory() as temporary:
@@ -223,13 +219,13 @@ def main() -> None:
                 process.join()
                 if process.exitcode:
                     sys.exit(process.exitcode)
-            took, again, base, new, peak, held = results.get()
+            took, base, new, peak, held = results.get()
             kept = results.get()
             print(
                 f"  rank {rank}: load {took[0]:6.2f} s ({took[1]:.2f} of processors), floor {base[0]:5.2f} s "
                 f"({base[1]:.2f}), ratio {took[0] / base[0]:5.2f} ({took[1] / base[1]:.2f}), to the kept floor "
-                f"{took[0] / kept[0]:5.2f} ({took[1] / kept[1]:.2f}), again "
-                f"{again[0] / base[0]:5.2f} ({again[1] / base[1]:.2f}); new memory {new[0]:5.2f} s; "
+                f"{took[0] / kept[0]:5.2f} ({took[1] / kept[1]:.2f}); "
+                f"new memory {new[0]:5.2f} s; "
                 f"peak {peak / 2**20:5.0f} MiB, held {held / 2**20:5.0f} MiB, over it {(peak - held) / 2**20:4.0f} MiB"
             )
 
