@@ -1,4 +1,4 @@
-"""Memory for weights that stay: maps whose pages the kernel makes at once, a third of the cost of a fault a page."""
+"""Memory for weights that stay: maps whose pages the kernel makes at once, cheaper than a fault for each."""
 
 from __future__ import annotations
 
