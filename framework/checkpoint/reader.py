@@ -73,15 +73,14 @@ class Reader:
         return out
 
     def _fill(self, info: TensorInfo, offset: int, target: memoryview) -> None:
-        descriptor = self._files.get(info.file)
-        if descriptor is None:
-            with readable(info.file):
-                descriptor = self._files[info.file] = os.open(info.file, os.O_RDONLY)
         done, wanted = 0, len(target)
-        while done < wanted:
-            with readable(info.file):
+        with readable(info.file):
+            descriptor = self._files.get(info.file)
+            if descriptor is None:
+                descriptor = self._files[info.file] = os.open(info.file, os.O_RDONLY)
+            while done < wanted:
                 got = os.preadv(descriptor, [target[done : done + (1 << 30)]], offset + done)
-            if not got:
-                raise truncated(info.file, f"{info.name} needs {wanted} bytes at {offset}, {done} were there")
-            done += got
+                if not got:
+                    raise truncated(info.file, f"{info.name} needs {wanted} bytes at {offset}, {done} were there")
+                done += got
         self.bytes_read += wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ FIELDS = {4: AWQ_FIELDS, 8: (0, 1, 2, 3)}
 INTERLEAVED_BYTES = (0, 2, 1, 3)
 # GPTQ v1 stores zero points minus one, subtracted from the word as a whole: a zero point of 0 borrows.
 ONES = {4: 0x11111111, 8: 0x01010101}
+HALVES = {bits: ones << bits - 1 for bits, ones in ONES.items()}
 BITS = {"w4a16": 4, "w8a16": 8}
 READ_BYTES = 4 << 20  # at a time, so that a network file system sees few and large reads
 CHUNK_BYTES = 1 << 18  # of words, unpacked at a time: temporaries stay in cache
@@ -48,8 +50,8 @@ def decode_words(
     """Return a rectangle of a module's weight.
 
     float: (code - zero) * scale in fp32 (exact for scales of 16 bits), rounded to `dtype`; any rectangle. Else codes
-    (-8..7 of 4 bits; packed as they are where the rectangle has whole words), scales fp32 [N, G], zero points too
-    unless the file is symmetric; `order` where groups follow g_idx, whose columns cannot be cut.
+    (-8..7 of 4 bits; packed as they are where the rectangle has whole words), scales fp32 [N, G], zero points
+    int8 unless the file is symmetric; `order` where groups follow g_idx, whose columns cannot be cut.
 
     Raises:
         Refused: `zero-points`, a symmetric file whose words say otherwise.
@@ -90,11 +92,12 @@ class _Source:
         groups = self.groups()[rect.k0 : rect.k1]
         first, last = int(groups.min()), int(groups.max()) + 1
         scale, zero = self.scales(rect, first, last), self.zeros(rect, first, last)
-        groups -= first
+        groups = groups - first
+        middle = self.half + (torch.zeros_like(scale) if zero is None else zero.float())
         out = torch.empty(rect.shape, dtype=dtype)
         for rows, columns, codes in self.chunks(rect):
             values = codes.float()
-            values -= _spread(zero[rows], groups[columns])
+            values -= _spread(middle[rows], groups[columns])
             out[rows, columns] = values.mul_(_spread(scale[rows], groups[columns]))
         return out
 
@@ -104,9 +107,8 @@ class _Source:
         group, order = self.held.group, self.order(rect)
         first, last = (rect.k0 // group, -(-rect.k1 // group)) if group else (0, 1)
         scale, zero = self.scales(rect, first, last), self.zeros(rect, first, last)
-        around = None if self.held.symmetric else zero - self.half
         if order is None and (packed := self.packed(rect)) is not None:
-            return QuantTensor(packed, scale, around, group_size=group or k, bits=self.bits)
+            return QuantTensor(packed, scale, zero, group_size=group or k, bits=self.bits)
         # as the words run: along the output features, codes are the transposed view of [K, N]
         codes = torch.empty(n, k, dtype=torch.int8) if self.packing.along == "gptq" else _transposed(n, k)
         for rows, columns, chunk in self.chunks(rect):
@@ -114,7 +116,7 @@ class _Source:
         if order is not None:
             # numpy's take: four times as fast as torch's
             codes = torch.from_numpy(codes.numpy().take(order.numpy(), axis=1))
-        return QuantTensor(codes, scale, around, group_size=group or k, bits=self.bits, order=order)
+        return QuantTensor(codes, scale, zero, group_size=group or k, bits=self.bits, order=order)
 
     def packed(self, rect: Rect) -> Nibbles | None:
         """Return codes of 4 bits as they lie in the file, where a rectangle has whole words."""
@@ -131,24 +133,23 @@ class _Source:
         return self.index.tensors[f"{self.name}.{suffix}"]
 
     def groups(self) -> Tensor:
-        """Group of each input feature, int64 [K]."""
+        """Group of each input feature, int32 [K], not to be written to."""
         size = self.held.group or self.k
-        in_order = torch.arange(self.k) // size
+        in_order = _in_order(self.k, size)
         info = self.index.tensors.get(f"{self.name}.g_idx")
         if info is None or not self.held.group:
             return in_order
-        groups = torch.from_numpy(self.reader.read(info, 0, 1)).view(torch.int32).flatten().long()
-        # sorted only if need be: most files are in order
-        if not torch.equal(groups, in_order) and not torch.equal(groups.sort().values, in_order):
+        groups = torch.from_numpy(self.reader.read(info, 0, 1)).view(torch.int32).flatten()
+        if torch.equal(groups, in_order):
+            return in_order
+        if not torch.equal(groups.sort().values, in_order):
             raise malformed(info.file, f"{info.name} does not deal {self.k} input features to groups of {size}")
         return groups
 
     def order(self, rect: Rect) -> Tensor | None:
         """Return the input feature of each column once groups are contiguous; None where they are already."""
-        if f"{self.name}.g_idx" not in self.index.tensors:
-            return None
         groups = self.groups()
-        if bool((groups[1:] >= groups[:-1]).all()):
+        if torch.equal(groups, _in_order(self.k, self.held.group or self.k)):
             return None
         if rect.shape[1] != self.k:
             info = self.info("g_idx")
@@ -183,8 +184,8 @@ class _Source:
                 rows, among = _within(rect.n0, rect.n1, low * along_n, high * along_n)
                 yield rows, columns, unpack_along_k(words, self.bits)[among, inside]
 
-    def zeros(self, rect: Rect, first: int, last: int) -> Tensor:
-        """Zero points [N, G] in fp32.
+    def zeros(self, rect: Rect, first: int, last: int) -> Tensor | None:
+        """Zero points of signed codes, int8 [N, G]; None where the file is symmetric.
 
         Raises:
             Refused: `zero-points`, the file is symmetric by its config and not by its words.
@@ -194,18 +195,23 @@ class _Source:
         words = self.words(self.info("qzeros"), first, last, left, -(-rect.n1 // per_word))
         if self.packing.variant == "v1":
             words = words + np.uint32(ONES[self.bits])
+        if self.held.symmetric and bool((words == HALVES[self.bits]).all()):
+            return None
         fields = unpack_along_n(_signed(words), self.bits, self.fields).t()
         fields = fields[rect.n0 - left * per_word : rect.n1 - left * per_word]
-        if self.held.symmetric and not bool((fields == self.half).all()):
-            raise Refused(self.disagreement(int(fields[fields != self.half][0])))
-        return fields.float()
+        if not self.held.symmetric:
+            # modulo 256
+            return fields.view(torch.int8).add_(-self.half)
+        if bool((others := fields != self.half).any()):
+            raise Refused(self.disagreement(int(fields[others][0])))
+        return None
 
     def scales(self, rect: Rect, first: int, last: int) -> Tensor:
-        """Scales [N, G] in fp32."""
+        """Scales [N, G] in fp32, the transposed view of [G, N]."""
         info = self.info("scales")
         kind = plain.TYPES[info.dtype]
         raw = self.reader.read(info, first, last, rect.n0 * kind.itemsize, rect.n1 * kind.itemsize)
-        return torch.from_numpy(raw).view(kind).float().t().contiguous()
+        return torch.from_numpy(raw).view(kind).float().t()
 
     def words(self, info: TensorInfo, row0: int, row1: int, column0: int, column1: int) -> Words:
         """A rectangle of words."""
@@ -233,6 +239,12 @@ def _within(first: int, last: int, start: int, stop: int) -> tuple[slice, slice]
     """Where first..last and start..stop meet, counted from `first` and from `start`."""
     low, high = max(first, start), min(last, stop)
     return slice(low - first, high - first), slice(low - start, high - start)
+
+
+@lru_cache(maxsize=8)
+def _in_order(k: int, size: int) -> Tensor:
+    """Group of each of K features, int32 [K], where groups of `size` are contiguous."""
+    return torch.arange(k, dtype=torch.int32) // size
 
 
 def _signed(words: Words) -> Tensor:

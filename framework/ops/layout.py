@@ -50,7 +50,7 @@ def weight_operand(
         return packed.carry(stand_in, packed.CpuWeight("dense", values().contiguous()))
     if device.type == "cpu" and dtype is torch.bfloat16 and packed.takes(n, k, scale.shape[0]):
         scale = scale.float()
-        zero = torch.zeros_like(scale) if offset is None else offset.float() * scale
+        zero = None if offset is None else offset.float() * scale
         form = packed.pack(codes, scale, zero, bits)
         if bits == 4:
             return packed.carry(form.codes.view(-1).view(torch.int32).view(k, n // 8), form)

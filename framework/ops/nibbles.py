@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,10 +91,11 @@ def unpack_along_k(words: Tensor, bits: int) -> Tensor:
     raw = words.view(torch.uint8)
     if bits == 8:
         return raw
-    wide = raw.to(torch.int16)
-    wide |= wide << 4
-    wide &= 0x0F0F
-    return wide.view(torch.uint8)
+    # in numpy: half of torch's time on few words, a tenth less on many
+    wide = raw.numpy().astype(np.uint16)
+    wide |= wide << np.uint16(4)
+    wide &= np.uint16(0x0F0F)
+    return torch.from_numpy(wide.view(np.uint8))
 
 
 def unpack_along_n(words: Tensor, bits: int, fields: tuple[int, ...]) -> Tensor:
@@ -112,9 +114,12 @@ def _in_order(words: Tensor) -> Tensor:
     By swaps of the middle bytes, then of the middle nibbles of each half: twelve passes that run at full width, where
     eight fields one by one take a cast and a strided copy each.
     """
-    out = words.clone()
+    out = words.numpy().view(np.uint32).copy()
     for distance, middle in ((8, 0x0000FF00), (4, 0x00F000F0)):
-        differ = (out >> distance).bitwise_xor_(out).bitwise_and_(middle)
-        out.bitwise_xor_(differ)
-        out.bitwise_xor_(differ.bitwise_left_shift_(distance))
-    return out
+        differ = out >> np.uint32(distance)
+        differ ^= out
+        differ &= np.uint32(middle)
+        out ^= differ
+        differ <<= np.uint32(distance)
+        out ^= differ
+    return torch.from_numpy(out.view(np.int32))

@@ -26,7 +26,7 @@ class QuantTensor:
             integer codes (int8, or uint8 of 8 bits), `e4m3` torch.float8_e4m3fn, `e2m1` codes 0..15 as uint8.
         scale: integers: [N, G] float with G = K / group_size (one group: per channel). MX elements: e8m0 bytes
             uint8 [N, ceil(K / 32)], value 2^(byte - 127).
-        zero: [N, G]; value = scale * (code - zero).
+        zero: [N, G], float or integer; value = scale * (code - zero).
         minimum: [N, G]; value = scale * code + minimum. At most one of zero and minimum.
         group_size: input features that share a scale.
         bits: width of a code: 4 or 8.
@@ -146,7 +146,7 @@ def concat(parts: list[QuantTensor]) -> QuantTensor:
     if any(part.zero is not None for part in parts):
         parts = [part if part.zero is not None else replace(part, zero=_zeros(part)) for part in parts]
     first = parts[0]
-    if not all(fusable(first, part) for part in parts):
+    if not all(fusable(first, part) for part in parts[1:]):
         raise ValueError("weights of different kinds cannot be joined")
 
     def stack(name: str) -> Tensor | Nibbles | None:
@@ -157,7 +157,7 @@ def concat(parts: list[QuantTensor]) -> QuantTensor:
             return joined
         values = [value.unpack() if isinstance(value, Nibbles) else value for value in values]
         if all(value.t().is_contiguous() for value in values):
-            return torch.cat([value.t() for value in values], 1).t()  # codes that stand as [K, N] stay so
+            return torch.cat([value.t() for value in values], 1).t()  # what stands as [K, N] or [G, N] stays so
         return torch.cat(values)
 
     stacked = {name: stack(name) for name in ("stored", "scale", "zero", "minimum", "outer")}
@@ -186,4 +186,7 @@ def fusable(a: QuantTensor, b: QuantTensor) -> bool:
             return (mine is None) == (other is None)
         return bool(mine == other)
 
-    return all(alike(f.name) for f in fields(QuantTensor))
+    return all(alike(name) for name in _FIELDS)
+
+
+_FIELDS = [f.name for f in fields(QuantTensor)]

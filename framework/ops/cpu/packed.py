@@ -77,17 +77,21 @@ def takes(n: int, k: int, groups: int) -> bool:
     return n % _ROWS_MULTIPLE == 0 and k % groups == 0 and k // groups in _GROUP_SIZES
 
 
-def pack(codes: Tensor | Nibbles, scale: Tensor, zero: Tensor, bits: int) -> CpuWeight:
-    """Pack signed codes [N, K]; scale and zero fp32 [G, N], value = scale * code + zero."""
+def pack(codes: Tensor | Nibbles, scale: Tensor, zero: Tensor | None, bits: int) -> CpuWeight:
+    """Pack signed codes [N, K]; scale and zero (None: 0) fp32 [G, N], value = scale * code + zero."""
     n, k = codes.shape
-    if bits == 4:
-        pairs = torch.stack((scale, zero), dim=-1)
-    else:
+    groups = scale.shape[0]
+    pairs = torch.zeros(groups * bits // 4, n, 2, dtype=torch.bfloat16)
+    low = pairs[-groups:]
+    low[..., 0] = scale
+    if bits == 8:
         # q + 128 = 16 h + l with h and l in 0..15, so q * s = (h - 8) * 16 s + (l - 8) * s + 8 s.
-        high = torch.stack((scale * 16, torch.zeros_like(scale)), dim=-1)
-        pairs = torch.cat((high, torch.stack((scale, zero + 8 * scale), dim=-1)))
+        pairs[:groups, :, 0] = scale * 16
+        zero = 8 * scale if zero is None else zero + 8 * scale
+    if zero is not None:
+        low[..., 1] = zero
     packed = new_bytes(n, k * bits // 8)
-    form = CpuWeight(f"int{bits}", packed, k // scale.shape[0], pairs.bfloat16().contiguous())
+    form = CpuWeight(f"int{bits}", packed, k // groups, pairs)
     block = block_rows()
     if isinstance(codes, Nibbles):
         if block is not None and can_repack(codes, block):
