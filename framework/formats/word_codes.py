@@ -197,12 +197,11 @@ class _Source:
             words = words + np.uint32(ONES[self.bits])
         if self.held.symmetric and bool((words == HALVES[self.bits]).all()):
             return None
-        fields = unpack_along_n(_signed(words), self.bits, self.fields).t()
-        fields = fields[rect.n0 - left * per_word : rect.n1 - left * per_word]
+        fields = unpack_along_n(_signed(words), self.bits, self.fields).numpy()
+        fields = fields[:, rect.n0 - left * per_word : rect.n1 - left * per_word]
         if not self.held.symmetric:
-            # modulo 256
-            return fields.view(torch.int8).add_(-self.half)
-        if bool((others := fields != self.half).any()):
+            return torch.from_numpy((fields - np.uint8(self.half)).view(np.int8)).t()  # modulo 256
+        if (others := fields != self.half).any():
             raise Refused(self.disagreement(int(fields[others][0])))
         return None
 

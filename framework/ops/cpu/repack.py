@@ -24,6 +24,7 @@ _TURNED_BYTES = 512
 _LOW_NIBBLES = np.uint32(0x0F0F0F0F)
 _SIGNS = np.uint32(0x88888888)
 
+_Array = np.ndarray[Any, np.dtype[Any]]
 _Words = np.ndarray[Any, np.dtype[np.uint32]]
 
 
@@ -73,20 +74,20 @@ def can_repack(codes: Nibbles, block: int) -> bool:
 
 def repack(codes: Nibbles, out: Tensor, block: int) -> None:
     """Fill int4pack bytes uint8 [N, K/2] of codes that `can_repack`, chunk by chunk."""
-    route, first = _ROUTES[codes.carrier], 0
+    route, rows = _ROUTES[codes.carrier], out.numpy()
     for part in codes.parts:
         n, _ = part_shape(part, codes.carrier)
-        target = out[first : first + n].view(n // block, -1, block // route.rows)
-        first += n
-        for chunk, to in _along_n(part, target, route.turned) if route.turned else _along_k(part, target):
-            made = _exchanged(chunk.numpy().view(np.uint32), route, codes.is_signed)
-            to.copy_(_transposed(torch.from_numpy(made.view(np.uint8))).view(to.shape))
+        target, rows = rows[:n].reshape(n // block, -1, block // route.rows), rows[n:]
+        chunks = _along_n(part.numpy(), target, route.turned) if route.turned else _along_k(part.numpy(), target)
+        for chunk, to in chunks:
+            made = _transposed(_exchanged(chunk.view(np.uint32), route, codes.is_signed).view(np.uint8))
+            np.copyto(to, made.reshape(to.shape))
 
 
-def _along_k(part: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _along_k(part: _Array, target: _Array) -> Iterator[tuple[_Array, _Array]]:
     """Yield chunks of a file that runs along K, uint8 [blocks, lanes, bytes], and where they go: [.., bytes, lanes]."""
     blocks, length, count = target.shape
-    lanes = part.view(torch.uint8).view(blocks, count, length)
+    lanes = part.view(np.uint8).reshape(blocks, count, length)
     columns = min(length, _CHUNK_BYTES // count)
     step = max(_CHUNK_BYTES // (count * columns), 1)
     for top in range(0, blocks, step):
@@ -95,25 +96,26 @@ def _along_k(part: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield lanes[top : top + step, :, along], target[top : top + step, along]
 
 
-def _along_n(part: Tensor, target: Tensor, turned: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _along_n(part: _Array, target: _Array, turned: int) -> Iterator[tuple[_Array, _Array]]:
     """Turn a file that runs along N, and yield the same, images of few bytes a lane.
 
     Chunks are uint8 [images * blocks, lanes, bytes], and go to [images, blocks, bytes, lanes].
     """
     blocks, length, count = target.shape
-    lines = part.view(torch.uint8 if turned == 1 else torch.float32)  # moved as they are
-    step = max(_CHUNK_BYTES // (count * _TURNED_BYTES), 1)
+    lines = part.view(np.uint8 if turned == 1 else np.float32)  # moved as they are
+    longest = min(_TURNED_BYTES, length)
+    step = max(_CHUNK_BYTES // (count * longest), 1)
     for top in range(0, blocks, step):
         bottom, left = min(top + step, blocks), 0
-        most = max(_CHUNK_BYTES // ((bottom - top) * count * _TURNED_BYTES), 1)
+        most = max(_CHUNK_BYTES // ((bottom - top) * count * longest), 1)
         while left < length:
-            size = min(_TURNED_BYTES, length - left)
+            size = min(longest, length - left)
             images = min(most, (length - left) // size)
             right = left + images * size
-            piece = lines[left // turned : right // turned, top * count : bottom * count].contiguous()
-            chunk = _transposed(piece.view(images, size // turned, -1)).view(torch.uint8)
-            to = target[top:bottom, left:right].unflatten(1, (images, size)).transpose(0, 1)
-            yield chunk.view(-1, count, size), to
+            piece = np.ascontiguousarray(lines[left // turned : right // turned, top * count : bottom * count])
+            chunk = _transposed(piece.reshape(images, size // turned, -1)).view(np.uint8)
+            to = target[top:bottom, left:right].reshape(bottom - top, images, size, count).swapaxes(0, 1)
+            yield chunk.reshape(-1, count, size), to
             left = right
 
 
@@ -132,13 +134,16 @@ def _exchanged(lanes: _Words, route: _Route, is_signed: bool) -> _Words:
     return made
 
 
-def _transposed(matrices: Tensor) -> Tensor:
+def _transposed(matrices: _Array) -> _Array:
     """Return [I, C, R] of contiguous matrices [I, R, C] of uint8 or fp32.
 
     A shuffle of channels is this, and torch does it in vector registers, ten times as fast as it copies a transposed
     view.
     """
     count, rows, columns = matrices.shape
-    channels_last = matrices.view(1, count, 1, rows * columns).permute(0, 3, 1, 2)
-    shuffled = torch.channel_shuffle(channels_last, rows)
-    return shuffled.permute(0, 2, 3, 1).view(count, columns, rows)
+    channels = rows * columns
+    channels_last = torch.from_numpy(matrices).as_strided(
+        (1, channels, count, 1), (count * channels, 1, channels, channels)
+    )
+    shuffled: _Array = torch.channel_shuffle(channels_last, rows).numpy()
+    return shuffled.transpose(0, 2, 3, 1).reshape(count, columns, rows)

@@ -29,7 +29,7 @@ def signed(weight: QuantTensor) -> tuple[Tensor | Nibbles, Tensor, Tensor | None
         raise ValueError("a weight-only scheme takes integer codes, this weight is float")
     scale = weight.scale.float()
     if isinstance(weight.stored, Nibbles) and weight.minimum is None:
-        offset = None if weight.zero is None else (0 - weight.zero.float()).t().contiguous()
+        offset = None if weight.zero is None else weight.zero.float().neg().t().contiguous()
         return weight.stored, scale.t().contiguous(), offset
     codes = weight.codes
     half = 1 << (weight.bits - 1)
@@ -66,7 +66,7 @@ def operands(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> O
         offset=offset,
         dtype=dtype,
         device=device,
-        values=replace(weight, order=None).dequantize,  # columns as the codes have them
+        values=lambda: replace(weight, order=None).dequantize(),  # columns as the codes have them
     )
     scale = scale.to(device=device, dtype=dtype)
     offset = None if offset is None else offset.to(device=device, dtype=dtype)
@@ -120,7 +120,7 @@ def _expert(weight: QuantTensor, dtype: torch.dtype, device: torch.device) -> tu
         offset=offset,
         dtype=dtype,
         device=device,
-        values=replace(weight, order=None).dequantize,
+        values=lambda: replace(weight, order=None).dequantize(),
     )
     return operand, scale, offset
 
