@@ -7,7 +7,8 @@ That floor uses one buffer again and again, and a load cannot do without new mem
 against a floor that reads the bytes into new memory and keeps them, as many as the rank holds, in a process like the
 rank's; and the time of writing one byte to every page of as much new memory as the rank holds. Last the peak of memory
 over what the process had before, against what the rank holds. Ratios of one run mean something, seconds do not: the
-page cache serves the file.
+page cache serves the file, and the machine has the memory at hand. Of a virtual machine that is not so by itself: its
+host may take back what is free, and give it again for several times the price of a load. `--cold` measures that.
 
     python benchmarks/load.py --format awq --threads 1
 """
@@ -20,6 +21,7 @@ import mmap
 import multiprocessing as mp
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -132,6 +134,13 @@ def floor(path: Path, share: int, keep: bool = False) -> tuple[float, float]:
     return read[0] + unpack[0], read[1] + unpack[1]
 
 
+def have_at_hand(size: int) -> None:
+    """Let the machine have free memory: another process takes it and gives it back."""
+    if size:
+        flags = "mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE"
+        subprocess.run([sys.executable, "-c", f"import mmap; mmap.mmap(-1, {size}, {flags})"], check=True)
+
+
 def touch(size: int) -> tuple[float, float]:
     """Write to every page of new memory; return both times."""
     watch = Stopwatch()
@@ -148,17 +157,18 @@ class Rank:
         self.rank, self.size = rank, size
 
 
-def measure_kept(path: Path, size: int, threads: int, results: Any) -> None:  # noqa: ANN401
+def measure_kept(path: Path, size: int, threads: int, free: int, results: Any) -> None:  # noqa: ANN401
     """Child process: the floor of one rank that keeps what it reads."""
     import torch
 
     torch.set_num_threads(threads)
     floor(path, size)
     floor(path, size)
+    have_at_hand(free)
     results.put(floor(path, size, keep=True))
 
 
-def measure(path: Path, rank: int, size: int, threads: int, dtype: str, results: Any) -> None:  # noqa: ANN401
+def measure(path: Path, rank: int, size: int, threads: int, free: int, dtype: str, results: Any) -> None:  # noqa: ANN401
     """Child process: one rank's floor and load."""
     import torch
 
@@ -179,6 +189,7 @@ def measure(path: Path, rank: int, size: int, threads: int, dtype: str, results:
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     floor(path, size)  # warms the page cache and the allocator
     floors = [floor(path, size)]
+    have_at_hand(free)
     watch = Stopwatch()
     model = load(plan, Rank(rank, size), lambda done, total: None)  # type: ignore[arg-type]
     took = watch.read()
@@ -196,6 +207,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="take memory as the machine has it")
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here, or use the one that is there")
     given = parser.parse_args()
     # memory that is given back stays with its process: temporaries cost no fault again
@@ -207,12 +219,13 @@ def main() -> None:
             write(path, given.format)
         total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         kind = json.loads((path / "config.json").read_text()).get("quantization_config", {}).get("quant_method", "")
+        free = 0 if given.cold else 2 * total // given.tp
         print(f"{given.format} {kind} {total / 1e9:.2f} GB, tp {given.tp}, {given.threads} threads, {given.dtype}")
         context, results = mp.get_context("spawn"), mp.get_context("spawn").Queue()
         for rank in range(given.tp):
             for target, arguments in (
-                (measure, (path, rank, given.tp, given.threads, given.dtype, results)),
-                (measure_kept, (path, given.tp, given.threads, results)),
+                (measure, (path, rank, given.tp, given.threads, free, given.dtype, results)),
+                (measure_kept, (path, given.tp, given.threads, free, results)),
             ):
                 process = context.Process(target=target, args=arguments)
                 process.start()
