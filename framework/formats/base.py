@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -125,6 +125,21 @@ class Decoder(Protocol):
         """
         ...
 
+    def decode_experts(
+        self, modules: Sequence[Module], rect: Rect, scheme: str, index: Index, reader: Reader, *, dtype: torch.dtype
+    ) -> Iterator[QuantTensor]:
+        """Yield the rectangle of each of some experts' modules, which the file holds alike."""
+        ...
+
     def bias(self, module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
         """Return rows n0..n1 of the module's bias as an fp32 tensor."""
         ...
+
+
+def one_by_one(decode: Callable[..., QuantTensor]) -> Callable[..., Iterator[QuantTensor]]:
+    """Return the `decode_experts` of a format that gains nothing by decoding several at a time."""
+
+    def decode_experts(modules: Sequence[Module], *given: Any, **named: Any) -> Iterator[QuantTensor]:  # noqa: ANN401
+        return (decode(module, *given, **named) for module in modules)
+
+    return decode_experts

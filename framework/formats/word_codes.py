@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,10 +34,11 @@ HALVES = {bits: ones << bits - 1 for bits, ones in ONES.items()}
 BITS = {"w4a16": 4, "w8a16": 8}
 READ_BYTES = 4 << 20  # at a time, so that a network file system sees few and large reads
 CHUNK_BYTES = 1 << 18  # of words, unpacked at a time: temporaries stay in cache
+TOGETHER = 32  # modules whose scales and zero points are decoded as one
 
 
 def decode_words(
-    module: Module,
+    modules: Sequence[Module],
     rect: Rect,
     scheme: str,
     index: Index,
@@ -46,8 +47,8 @@ def decode_words(
     packing: Packing,
     *,
     dtype: torch.dtype,
-) -> QuantTensor:
-    """Return a rectangle of a module's weight.
+) -> Iterator[QuantTensor]:
+    """Yield a rectangle of the weight of each module, all of which the file holds like the first.
 
     float: (code - zero) * scale in fp32 (exact for scales of 16 bits), rounded to `dtype`; any rectangle. Else codes
     (-8..7 of 4 bits; packed as they are where the rectangle has whole words), scales fp32 [N, G], zero points
@@ -57,10 +58,20 @@ def decode_words(
         Refused: `zero-points`, a symmetric file whose words say otherwise.
         InputError: `file-malformed`, g_idx without whole groups, or not in order and cut.
     """
-    if module.kind is not Kind.LINEAR or not is_quantized(module, index):
-        return plain.decode(module, rect, scheme, index, reader, dtype=dtype)
-    source = _Source(stem(module, index), index, reader, held, packing, module.shape[1])
-    return QuantTensor(source.values(rect, dtype)) if scheme == "float" else source.quantized(rect)
+    if modules[0].kind is not Kind.LINEAR or not is_quantized(modules[0], index):
+        yield from plain.decode_experts(modules, rect, scheme, index, reader, dtype=dtype)
+        return
+    sources = [_Source(stem(module, index), index, reader, held, packing, module.shape[1]) for module in modules]
+    if scheme == "float":
+        for source in sources:
+            yield QuantTensor(source.values(rect, dtype))
+        return
+    first, last = sources[0].groups_of(rect)
+    for start in range(0, len(sources), TOGETHER):
+        some = sources[start : start + TOGETHER]
+        zeros = _zeros(some, rect, first, last)
+        for i, scale in enumerate(_scales(some, rect, first, last)):
+            yield some[i].quantized(rect, scale, None if zeros is None else zeros[i])
 
 
 def bias_of(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:
@@ -91,9 +102,9 @@ class _Source:
         """Dequantize a rectangle, chunk by chunk."""
         groups = self.groups()[rect.k0 : rect.k1]
         first, last = int(groups.min()), int(groups.max()) + 1
-        scale, zero = self.scales(rect, first, last), self.zeros(rect, first, last)
+        scale, zeros = _scales([self], rect, first, last)[0], _zeros([self], rect, first, last)
         groups = groups - first
-        middle = self.half + (torch.zeros_like(scale) if zero is None else zero.float())
+        middle = self.half + (torch.zeros_like(scale) if zeros is None else zeros[0].float())
         out = torch.empty(rect.shape, dtype=dtype)
         for rows, columns, codes in self.chunks(rect):
             values = codes.float()
@@ -101,12 +112,15 @@ class _Source:
             out[rows, columns] = values.mul_(_spread(scale[rows], groups[columns]))
         return out
 
-    def quantized(self, rect: Rect) -> QuantTensor:
-        """Return a rectangle's codes with all that they mean."""
+    def groups_of(self, rect: Rect) -> tuple[int, int]:
+        """First and last group of a rectangle of contiguous ones."""
+        group = self.held.group
+        return (rect.k0 // group, -(-rect.k1 // group)) if group else (0, 1)
+
+    def quantized(self, rect: Rect, scale: Tensor, zero: Tensor | None) -> QuantTensor:
+        """Return a rectangle's codes, with the scales and zero points [N, G] of it."""
         n, k = rect.shape
         group, order = self.held.group, self.order(rect)
-        first, last = (rect.k0 // group, -(-rect.k1 // group)) if group else (0, 1)
-        scale, zero = self.scales(rect, first, last), self.zeros(rect, first, last)
         if order is None and (packed := self.packed(rect)) is not None:
             return QuantTensor(packed, scale, zero, group_size=group or k, bits=self.bits)
         # as the words run: along the output features, codes are the transposed view of [K, N]
@@ -184,34 +198,6 @@ class _Source:
                 rows, among = _within(rect.n0, rect.n1, low * along_n, high * along_n)
                 yield rows, columns, unpack_along_k(words, self.bits)[among, inside]
 
-    def zeros(self, rect: Rect, first: int, last: int) -> Tensor | None:
-        """Zero points of signed codes, int8 [N, G]; None where the file is symmetric.
-
-        Raises:
-            Refused: `zero-points`, the file is symmetric by its config and not by its words.
-        """
-        per_word = 32 // self.bits
-        left = rect.n0 // per_word
-        words = self.words(self.info("qzeros"), first, last, left, -(-rect.n1 // per_word))
-        if self.packing.variant == "v1":
-            words = words + np.uint32(ONES[self.bits])
-        if self.held.symmetric and bool((words == HALVES[self.bits]).all()):
-            return None
-        fields = unpack_along_n(_signed(words), self.bits, self.fields).numpy()
-        fields = fields[:, rect.n0 - left * per_word : rect.n1 - left * per_word]
-        if not self.held.symmetric:
-            return torch.from_numpy((fields - np.uint8(self.half)).view(np.int8)).t()  # modulo 256
-        if (others := fields != self.half).any():
-            raise Refused(self.disagreement(int(fields[others][0])))
-        return None
-
-    def scales(self, rect: Rect, first: int, last: int) -> Tensor:
-        """Scales [N, G] in fp32, the transposed view of [G, N]."""
-        info = self.info("scales")
-        kind = plain.TYPES[info.dtype]
-        raw = self.reader.read(info, first, last, rect.n0 * kind.itemsize, rect.n1 * kind.itemsize)
-        return torch.from_numpy(raw).view(kind).float().t()
-
     def words(self, info: TensorInfo, row0: int, row1: int, column0: int, column1: int) -> Words:
         """A rectangle of words."""
         return self.reader.read(info, row0, row1, 4 * column0, 4 * column1).view(np.uint32)
@@ -232,6 +218,40 @@ class _Source:
             f"they were read {read}: label and words disagree",
             "mend checkpoint_format (GPTQ), packing_format (auto-round) or zero_point (AWQ) in the checkpoint's config",
         )
+
+
+def _zeros(sources: Sequence[_Source], rect: Rect, first: int, last: int) -> Tensor | None:
+    """Zero points of signed codes, int8 [modules, N, G]; None where the file is symmetric.
+
+    Raises:
+        Refused: `zero-points`, the file is symmetric by its config and not by its words.
+    """
+    own = sources[0]
+    per_word = 32 // own.bits
+    left, right = rect.n0 // per_word, -(-rect.n1 // per_word)
+    words = np.stack([source.words(source.info("qzeros"), first, last, left, right) for source in sources])
+    if own.packing.variant == "v1":
+        words += np.uint32(ONES[own.bits])
+    if own.held.symmetric and (words == HALVES[own.bits]).all():
+        return None
+    fields = unpack_along_n(_signed(words.reshape(-1, right - left)), own.bits, own.fields).numpy()
+    fields = fields.reshape(*words.shape[:2], -1)[:, :, rect.n0 - left * per_word : rect.n1 - left * per_word]
+    if not own.held.symmetric:
+        return torch.from_numpy((fields - np.uint8(own.half)).view(np.int8)).transpose(1, 2)  # modulo 256
+    if (others := fields != own.half).any():
+        raise Refused(sources[others.nonzero()[0][0]].disagreement(int(fields[others][0])))
+    return None
+
+
+def _scales(sources: Sequence[_Source], rect: Rect, first: int, last: int) -> Tensor:
+    """Scales fp32 [modules, N, G], the transposed view of [modules, G, N]."""
+    read = []
+    for source in sources:
+        info = source.info("scales")
+        kind = plain.TYPES[info.dtype]
+        raw = source.reader.read(info, first, last, rect.n0 * kind.itemsize, rect.n1 * kind.itemsize)
+        read.append(torch.from_numpy(raw).view(kind))
+    return torch.stack(read).float().transpose(1, 2)
 
 
 def _within(first: int, last: int, start: int, stop: int) -> tuple[slice, slice]:

@@ -81,12 +81,15 @@ class RankWeights:
     def experts(self, *names: str) -> ParallelLinear:
         """Return the grouped layer of one projection of all experts, or of several over one input."""
         planned = [self.planned[name] for name in names]
-        first = [self._decode(p, self._held(p)[0]) for p in planned]
+        weights = [self._decode_experts(p) for p in planned]
+        first = [next(of_one) for of_one in weights]
         # projections in activation order, which may differ from expert to expert, are not joined
         alike = len({p.scheme for p in planned}) == 1 and all(w.order is None and fusable(first[0], w) for w in first)
-        groups = [(planned, first)] if alike else [([p], [weight]) for p, weight in zip(planned, first, strict=True)]
+        joined = (
+            [_joined(first, weights)] if alike else [_joined([f], [w]) for f, w in zip(first, weights, strict=True)]
+        )
         layer = ParallelLinear(
-            [self._prepare_experts(group[0].scheme, self._one_by_one(group, begun)) for group, begun in groups],
+            [self._prepare_experts(p.scheme, of_all) for p, of_all in zip(planned, joined, strict=False)],
             None,
             planned[0].split,
             self.group,
@@ -100,12 +103,6 @@ class RankWeights:
 
     def _held(self, planned: PlannedModule) -> range:
         return planned.experts_on(self.group.rank)
-
-    def _one_by_one(self, planned: list[PlannedModule], first: list[QuantTensor]) -> Iterator[QuantTensor]:
-        """Yield each expert's projections joined; those of the first are decoded already."""
-        yield concat(first)
-        for e in self._held(planned[0])[1:]:
-            yield concat([self._decode(p, e) for p in planned])
 
     def expert_range(self, name: str) -> tuple[int, int]:
         """Return the half-open range of experts that this rank holds."""
@@ -160,19 +157,36 @@ class RankWeights:
             return None
         return torch.from_numpy(self.reader.read(info, 0, 1).reshape(-1).view("<f4").copy())
 
-    def _decode(self, planned: PlannedModule, expert: int | None = None) -> QuantTensor:
+    def _decode(self, planned: PlannedModule) -> QuantTensor:
         rect = planned.shards[self.group.rank]
-        module = planned.module if expert is None else planned.module.expert(expert)
         if planned.mode == "online":
-            weight = self._quantized(planned, module, rect)
+            weight = self._quantized(planned, planned.module, rect)
         else:
-            weight = self.decoder.decode(module, rect, planned.scheme, self.index, self.reader, dtype=self.dtype)
+            weight = self.decoder.decode(
+                planned.module, rect, planned.scheme, self.index, self.reader, dtype=self.dtype
+            )
+        return self._accepted(planned, planned.module, weight)
+
+    def _decode_experts(self, planned: PlannedModule) -> Iterator[QuantTensor]:
+        """Yield the weights of this rank's experts."""
+        rect = planned.shards[self.group.rank]
+        modules = [planned.module.expert(e) for e in self._held(planned)]
+        if planned.mode == "online":
+            weights = (self._quantized(planned, module, rect) for module in modules)
+        else:
+            scheme = planned.scheme
+            weights = self.decoder.decode_experts(modules, rect, scheme, self.index, self.reader, dtype=self.dtype)
+        for module, weight in zip(modules, weights, strict=True):
+            yield self._accepted(planned, module, weight)
+
+    def _accepted(self, planned: PlannedModule, module: Module, weight: QuantTensor) -> QuantTensor:
+        """Check what was decoded, and count it."""
         if module.quantizable:
             check_values(weight, module.name, self.plan.checkpoint, self.dtype)
         if CORRECTION in weight.rows and planned.split is Split.ROW and self.group.rank:
             # the correction of a row split is added once
             weight = replace(weight, rows={**weight.rows, CORRECTION: torch.zeros_like(weight.rows[CORRECTION])})
-        self._done += rect.size
+        self._done += planned.shards[self.group.rank].size
         self.progress(self._done, self._total)
         return weight
 
@@ -228,6 +242,13 @@ class RankWeights:
     def _axis_sizes(self, axis: str, unit: int) -> list[int]:
         peer = next(m for m in self.plan.modules if m.module.axis == axis and m.split in (Split.COLUMN, Split.VOCAB))
         return [rect.shape[0] // peer.module.unit * unit for rect in peer.shards]
+
+
+def _joined(first: list[QuantTensor], others: list[Iterator[QuantTensor]]) -> Iterator[QuantTensor]:
+    """Yield each expert's projections joined; those of the first are decoded already."""
+    yield concat(first)
+    for weights in zip(*others, strict=True):
+        yield concat(list(weights))
 
 
 def _calls(weights: list[tuple[str, QuantTensor]], max_rows: Mapping[str, int]) -> list[tuple[str, QuantTensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from framework.checkpoint.index import Index
@@ -25,5 +27,19 @@ def decode(
     dtype: torch.dtype = torch.float32,
 ) -> QuantTensor:
     """Return a rectangle of a module's weight; its values in `dtype` where the scheme is float."""
-    packing = packing_of(index, width_of(module, index))
-    return decode_words(module, rect, scheme, index, reader, LAYOUT.held(module, index), packing, dtype=dtype)
+    return next(decode_experts((module,), rect, scheme, index, reader, dtype=dtype))
+
+
+def decode_experts(
+    modules: Sequence[Module],
+    rect: Rect,
+    scheme: str,
+    index: Index,
+    reader: Reader,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[QuantTensor]:
+    """Yield a rectangle of the weights of modules that are held alike."""
+    held = LAYOUT.held(modules[0], index)
+    packing = packing_of(index, width_of(modules[0], index))
+    return decode_words(modules, rect, scheme, index, reader, held, packing, dtype=dtype)

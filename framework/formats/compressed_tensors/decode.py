@@ -16,6 +16,7 @@ from framework.checkpoint.faults import malformed
 from framework.checkpoint.index import Index, TensorInfo
 from framework.checkpoint.reader import Reader
 from framework.errors import Problem, Refused
+from framework.formats.base import one_by_one
 from framework.formats.compressed_tensors.layout import CompressedTensorsLayout
 from framework.formats.plain import decode as plain
 from framework.geometry import Module, Rect
@@ -57,6 +58,9 @@ def decode(
     infos = {spec.role: index.tensors[spec.name] for spec in held.tensors}
     source = _Source(infos, reader, module.shape, int(held.scheme[1]), held.group)
     return QuantTensor(source.values(rect, dtype)) if scheme == "float" else source.quantized(rect, scheme)
+
+
+decode_experts = one_by_one(decode)
 
 
 def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:

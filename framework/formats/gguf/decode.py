@@ -12,6 +12,7 @@ from torch import Tensor
 from framework.checkpoint.gguf import GGML_TYPES
 from framework.checkpoint.index import Index, TensorInfo
 from framework.checkpoint.reader import Reader
+from framework.formats.base import one_by_one
 from framework.formats.gguf.blocks import dequantize, nibbles
 from framework.formats.gguf.fp16 import half
 from framework.formats.gguf.layout import GROUP, PERMUTED, architecture, stack_place, tensor_name
@@ -61,6 +62,9 @@ def decode(
     parts = {name: getattr(packed, name) for name in ("stored", "scale", "minimum")}
     parts = {name: None if part is None else _order(module, index, part) for name, part in parts.items()}
     return replace(packed, **parts)
+
+
+decode_experts = one_by_one(decode)
 
 
 def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from framework.checkpoint.index import Index, TensorInfo
 from framework.checkpoint.reader import Reader
 from framework.errors import Problem, Refused
+from framework.formats.base import one_by_one
 from framework.formats.modelslim.layout import entry, factor
 from framework.formats.modelslim.types import TYPES, QuantType
 from framework.formats.plain import decode as plain
@@ -52,6 +53,9 @@ def decode(
         return QuantTensor(weight[n0 : n0 + n, k0 : k0 + k].to(dtype))
     packed = _nibbles(module, rect, source) if scheme == kind.scheme == "w4a16" else None
     return _quantized(module, rect, kind, source, static=scheme == "w8a8_static", packed=packed)
+
+
+decode_experts = one_by_one(decode)
 
 
 def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from framework.checkpoint.index import Index, TensorInfo
 from framework.checkpoint.reader import Reader
+from framework.formats.base import one_by_one
 from framework.formats.names import stem
 from framework.geometry import Kind, Module, Rect
 from framework.quantization.tensor import QuantTensor
@@ -41,6 +42,9 @@ def decode(
         raw = reader.read(info, rect.n0 + start, rect.n0 + stop, rect.k0 * size, rect.k1 * size)
         out[start:stop] = torch.from_numpy(raw).view(TYPES[info.dtype])
     return QuantTensor(out)
+
+
+decode_experts = one_by_one(decode)
 
 
 def bias(module: Module, rect: Rect, index: Index, reader: Reader) -> Tensor:

@@ -20,7 +20,7 @@ from framework.ops.nibbles import Carrier, Nibbles, part_shape
 # Bytes taken at a time: what is made of them stays in a core's cache.
 _CHUNK_BYTES = 1 << 19
 # Bytes of a lane that are turned at a time: longer ones come to lie in the same lines of the cache.
-_TURNED_BYTES = 512
+_TURNED_BYTES = 256
 _LOW_NIBBLES = np.uint32(0x0F0F0F0F)
 _SIGNS = np.uint32(0x88888888)
 
@@ -103,7 +103,7 @@ def _along_n(part: _Array, target: _Array, turned: int) -> Iterator[tuple[_Array
     """
     blocks, length, count = target.shape
     lines = part.view(np.uint8 if turned == 1 else np.float32)  # moved as they are
-    longest = min(_TURNED_BYTES, length)
+    longest = -(-length // -(-length // _TURNED_BYTES) // 8) * 8
     step = max(_CHUNK_BYTES // (count * longest), 1)
     for top in range(0, blocks, step):
         bottom, left = min(top + step, blocks), 0
