@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from framework.loading.scales import check_values
 from framework.planning.plan import Plan, PlannedModule
 from framework.quantization.online import quantize
 from framework.quantization.registry import SCHEMES
+from framework.quantization.schemes.base import Experts
 from framework.quantization.tensor import QuantTensor, concat, fusable
 
 CORRECTION = "quant_bias"  # of w8a8_static: the float bias and the shift of the activations are inside
@@ -85,11 +86,10 @@ class RankWeights:
         first = [next(of_one) for of_one in weights]
         # projections in activation order, which may differ from expert to expert, are not joined
         alike = len({p.scheme for p in planned}) == 1 and all(w.order is None and fusable(first[0], w) for w in first)
-        joined = (
-            [_joined(first, weights)] if alike else [_joined([f], [w]) for f, w in zip(first, weights, strict=True)]
-        )
+        count = len(self._held(planned[0]))
+        groups = [(first, weights)] if alike else [([f], [w]) for f, w in zip(first, weights, strict=True)]
         layer = ParallelLinear(
-            [self._prepare_experts(p.scheme, of_all) for p, of_all in zip(planned, joined, strict=False)],
+            [self._prepare_experts(p.scheme, _Joined(count, *g)) for p, g in zip(planned, groups, strict=False)],
             None,
             planned[0].split,
             self.group,
@@ -204,7 +204,7 @@ class RankWeights:
             return Part(apply, operands.nbytes, biased=True)
         return Part(lambda x, apply=scheme.linear, held=operands: apply(x, held), operands.nbytes)
 
-    def _prepare_experts(self, scheme_name: str, weights: Iterable[QuantTensor]) -> Part:
+    def _prepare_experts(self, scheme_name: str, weights: Experts) -> Part:
         scheme = SCHEMES[scheme_name]
         operands = scheme.prepare_experts(weights, dtype=self.dtype, device=self.device)
         return Part(lambda x, counts, apply=scheme.grouped, held=operands: apply(x, counts, held), operands.nbytes)
@@ -244,11 +244,21 @@ class RankWeights:
         return [rect.shape[0] // peer.module.unit * unit for rect in peer.shards]
 
 
-def _joined(first: list[QuantTensor], others: list[Iterator[QuantTensor]]) -> Iterator[QuantTensor]:
-    """Yield each expert's projections joined; those of the first are decoded already."""
-    yield concat(first)
-    for weights in zip(*others, strict=True):
-        yield concat(list(weights))
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """Each expert's projections joined; those of the first are decoded already."""
+
+    count: int
+    first: list[QuantTensor]
+    others: list[Iterator[QuantTensor]]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[QuantTensor]:
+        yield concat(self.first)
+        for weights in zip(*self.others, strict=True):
+            yield concat(list(weights))
 
 
 def _calls(weights: list[tuple[str, QuantTensor]], max_rows: Mapping[str, int]) -> list[tuple[str, QuantTensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,10 +41,18 @@ class Prepare(Protocol):
     def __call__(self, weight: QuantTensor, *, dtype: torch.dtype, device: torch.device) -> Operands: ...
 
 
-class PrepareExperts(Protocol):
-    """Turn the weights [N, K] of all experts, each taken once, into operands of a grouped operator."""
+class Experts(Protocol):
+    """The weights [N, K] of some experts: how many there are, and each of them once."""
 
-    def __call__(self, weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands: ...
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[QuantTensor]: ...
+
+
+class PrepareExperts(Protocol):
+    """Turn the weights of all experts into operands of a grouped operator."""
+
+    def __call__(self, weights: Experts, *, dtype: torch.dtype, device: torch.device) -> Operands: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from framework import ops
 from framework.ops.layout import held_bytes, stack_experts, weight_operand
 from framework.ops.nibbles import Nibbles
-from framework.quantization.schemes.base import Operands, entering, experts_of_rows, grouped_matmul, inputs_of
+from framework.quantization.schemes.base import Experts, Operands, entering, experts_of_rows, grouped_matmul, inputs_of
 from framework.quantization.tensor import QuantTensor
 
 # From here on an offset minimum / scale overflows fp16, and codes change the minimum by less than bf16 can tell.
@@ -85,25 +84,32 @@ def linear(x: Tensor, weight: Operands) -> Tensor:
     )
 
 
-def prepare_experts(weights: Iterable[QuantTensor], *, dtype: torch.dtype, device: torch.device) -> Operands:
+def prepare_experts(weights: Experts, *, dtype: torch.dtype, device: torch.device) -> Operands:
     """Prepare codes of all experts: int32 [E, K, N/8] or int8 [E, K, N], scale and offset [E, G, N] (one: [E, N]).
 
     One expert after another, so that no more than one is held as codes. `inputs` has `order` [E, K] if one has any.
     """
-    made, orders = [], []
-    for weight in weights:
-        made.append(_expert(weight, dtype, device))
+    made: list[Tensor] = []
+    orders: list[Tensor | None] = []
+    scale = offset = None
+    for e, weight in enumerate(weights):
+        operand, own_scale, own_offset = _expert(weight, dtype, device)
+        made.append(operand)
         orders.append(weight.order)
+        # in one piece from the first: kept apart until the last, they would leave holes where codes were
+        if scale is None:
+            scale = torch.empty((len(weights), *own_scale.shape), dtype=dtype, device=device)
+        scale[e] = own_scale
+        if own_offset is not None:
+            offset = torch.zeros_like(scale) if offset is None else offset
+            offset[e] = own_offset
+    if scale is None:
+        raise ValueError("there are no experts")
     inputs = {}
     if any(order is not None for order in orders):
-        in_order = torch.arange(made[0][0].shape[0])
+        in_order = torch.arange(made[0].shape[0])
         inputs["order"] = torch.stack([in_order if order is None else order for order in orders]).to(device)
-    operand = stack_experts([operand for operand, _, _ in made])
-    scale = torch.stack([scale for _, scale, _ in made]).to(device=device, dtype=dtype)
-    offset = None
-    if any(offset is not None for _, _, offset in made):
-        zeros = [torch.zeros_like(scale) if offset is None else offset for _, scale, offset in made]
-        offset = torch.stack(zeros).to(device=device, dtype=dtype)
+    operand = stack_experts(made)
     if scale.shape[1] == 1:
         scale, offset = scale.squeeze(1), None if offset is None else offset.squeeze(1)
     nbytes = held_bytes(operand) + sum(t.nbytes for t in (scale, offset) if t is not None)
