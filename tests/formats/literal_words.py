@@ -84,7 +84,12 @@ def made(rng, along, n, k, bits, group, *, zero=None, order=False, scales=torch.
 
 def written(folder, tensors, config, *, name=NAME):
     """The index of a file with one linear."""
-    named = {f"{name}.{role}": tensor.contiguous() for role, tensor in tensors.items()}
+    return written_together(folder, {name: tensors}, config)
+
+
+def written_together(folder, linears, config):
+    """The index of a file with linears: their tensors by role."""
+    named = {f"{name}.{role}": tensor.contiguous() for name, held in linears.items() for role, tensor in held.items()}
     safetensors.torch.save_file(named, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
     return open_index(folder)

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from framework.checkpoint.open import open_index
 from framework.checkpoint.reader import Reader
+from framework.errors import Refused
 from framework.formats import word_codes
 from framework.formats.registry import LAYOUTS, decoder
 from framework.geometry import Kind, Rect, Role
 from tests.formats.golden_words import EXPECTED, OPTIONS, format_of
 from tests.formats.headers import GOLDEN, account, model_of
-from tests.formats.literal_words import NAME, awq, gptq, linear, made, rectangle, same, written
+from tests.formats.literal_words import NAME, awq, gptq, linear, made, rectangle, same, written, written_together
 
 
 @pytest.fixture
@@ -107,21 +108,22 @@ CASES = {
 }  # fmt: skip
 
 
-def case(name, folder, rng):
-    """Module, index, decode and weight of a case."""
+def case(name, folder, rng, count=1):
+    """Modules, index, format and weights of a case."""
     config, along, n, k, more = CASES[name]
     bits, group = config.get("bits", 4), config.get("group_size", config.get("q_group_size"))
     group = 0 if group == -1 else group
-    tensors = made(rng, along, n, k, bits, group, **more)
     v1 = config.get("checkpoint_format") != "gptq_v2" and config.get("packing_format") != "auto_round"
-    value = awq(tensors, bits, group) if along == "awq" else gptq(tensors, bits, group, v1=v1)
+    modules = [linear(n, k, NAME.replace("0", str(i))) for i in range(count)]
+    tensors = {module.name: made(rng, along, n, k, bits, group, **more) for module in modules}
+    values = [awq(t, bits, group) if along == "awq" else gptq(t, bits, group, v1=v1) for t in tensors.values()]
     own = {"awq": "awq", "gptq": "gptq", "auto-round": "auto_round"}[config["quant_method"]]
-    return linear(n, k), written(folder, tensors, config), own, torch.from_numpy(value)
+    return modules, written_together(folder, tensors, config), own, [torch.from_numpy(value) for value in values]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_any_rectangle_is_the_formula_s_and_shards_are_slices(name, tmp_path_factory, rng):
-    module, index, own, value = case(name, tmp_path_factory.mktemp("words"), rng)
+    (module,), index, own, (value,) = case(name, tmp_path_factory.mktemp("words"), rng)
     held, read = LAYOUTS[own].held(module, index), decoder(own).decode
     scheme, ordered = held.scheme, "act order" in name
     assert account(LAYOUTS[own], [module], index)[1].problems == () and LAYOUTS[own].faults([module], index) == []
@@ -143,6 +145,27 @@ def test_any_rectangle_is_the_formula_s_and_shards_are_slices(name, tmp_path_fac
             assert same(part, full.slice(rect.n0, rect.n1, rect.k0, rect.k1)) and (part.order is not None) == ordered
 
         cut()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "a last group of less" not in name])
+def test_weights_that_are_decoded_together_are_each_the_formula_s(name, tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(word_codes, "TOGETHER", 2)
+    modules, index, own, values = case(name, tmp_path, rng, count=5)
+    scheme = LAYOUTS[own].held(modules[0], index).scheme
+    with Reader() as reader:
+        found = list(decoder(own).decode_experts(modules, modules[0].full, scheme, index, reader))
+    assert [torch.equal(weight.dequantize(), value) for weight, value in zip(found, values, strict=True)] == [True] * 5
+
+
+def test_of_weights_that_are_decoded_together_the_wrong_one_is_named(tmp_path, rng):
+    modules = [linear(16, 64, NAME.replace("0", str(i))) for i in range(3)]
+    zeros = zip(modules, (8, 8, 5), strict=True)
+    tensors = {module.name: made(rng, "awq", 16, 64, 4, 32, zero=zero) for module, zero in zeros}
+    index = written_together(tmp_path, tensors, {"quant_method": "awq", **BASE, "zero_point": False})
+    with Reader() as reader, pytest.raises(Refused) as refused:
+        list(decoder("awq").decode_experts(modules, modules[0].full, "w4a16", index, reader))
+    (problem,) = refused.value.problems
+    assert problem.code == "zero-points" and problem.what.startswith(modules[2].name) and "5, not 8" in problem.what
 
 
 def test_large_weights_are_decoded_in_chunks_and_a_rank_reads_its_share(tmp_path, rng, monkeypatch):
