@@ -237,8 +237,7 @@ def main() -> None:
             print(
                 f"  rank {rank}: load {took[0]:6.2f} s ({took[1]:.2f} of processors), floor {base[0]:5.2f} s "
                 f"({base[1]:.2f}), ratio {took[0] / base[0]:5.2f} ({took[1] / base[1]:.2f}), to the kept floor "
-                f"{took[0] / kept[0]:5.2f} ({took[1] / kept[1]:.2f}); "
-                f"new memory {new[0]:5.2f} s; "
+                f"{took[0] / kept[0]:5.2f} ({took[1] / kept[1]:.2f}); new memory {new[0]:5.2f} s; "
                 f"peak {peak / 2**20:5.0f} MiB, held {held / 2**20:5.0f} MiB, over it {(peak - held) / 2**20:4.0f} MiB"
             )
 

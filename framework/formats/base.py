@@ -136,6 +136,15 @@ class Decoder(Protocol):
         ...
 
 
+def alone(decode_experts: Callable[..., Iterator[QuantTensor]]) -> Callable[..., QuantTensor]:
+    """Return the `decode` of a format that decodes a single module as it does several."""
+
+    def decode(module: Module, *given: Any, **named: Any) -> QuantTensor:  # noqa: ANN401
+        return next(decode_experts((module,), *given, **named))
+
+    return decode
+
+
 def one_by_one(decode: Callable[..., QuantTensor]) -> Callable[..., Iterator[QuantTensor]]:
     """Return the `decode_experts` of a format that gains nothing by decoding several at a time."""
 

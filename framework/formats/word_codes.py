@@ -34,7 +34,7 @@ HALVES = {bits: ones << bits - 1 for bits, ones in ONES.items()}
 BITS = {"w4a16": 4, "w8a16": 8}
 READ_BYTES = 4 << 20  # at a time, so that a network file system sees few and large reads
 CHUNK_BYTES = 1 << 18  # of words, unpacked at a time: temporaries stay in cache
-TOGETHER = 32  # modules whose scales and zero points are decoded as one
+TABLE_BYTES = 1 << 20  # of scales in fp32, of as many modules as that is, decoded as one
 
 
 def decode_words(
@@ -67,8 +67,9 @@ def decode_words(
             yield QuantTensor(source.values(rect, dtype))
         return
     first, last = sources[0].groups_of(rect)
-    for start in range(0, len(sources), TOGETHER):
-        some = sources[start : start + TOGETHER]
+    step = max(TABLE_BYTES // (4 * rect.shape[0] * (last - first)), 1)
+    for start in range(0, len(sources), step):
+        some = sources[start : start + step]
         zeros = _zeros(some, rect, first, last)
         for i, scale in enumerate(_scales(some, rect, first, last)):
             yield some[i].quantized(rect, scale, None if zeros is None else zeros[i])
@@ -113,7 +114,7 @@ class _Source:
         return out
 
     def groups_of(self, rect: Rect) -> tuple[int, int]:
-        """First and last group of a rectangle of contiguous ones."""
+        """Half-open range of groups of a rectangle, where they are contiguous."""
         group = self.held.group
         return (rect.k0 // group, -(-rect.k1 // group)) if group else (0, 1)
 
@@ -149,7 +150,7 @@ class _Source:
     def groups(self) -> Tensor:
         """Group of each input feature, int32 [K], not to be written to."""
         size = self.held.group or self.k
-        in_order = _in_order(self.k, size)
+        in_order = _groups_in_order(self.k, size)
         info = self.index.tensors.get(f"{self.name}.g_idx")
         if info is None or not self.held.group:
             return in_order
@@ -163,7 +164,7 @@ class _Source:
     def order(self, rect: Rect) -> Tensor | None:
         """Return the input feature of each column once groups are contiguous; None where they are already."""
         groups = self.groups()
-        if torch.equal(groups, _in_order(self.k, self.held.group or self.k)):
+        if torch.equal(groups, _groups_in_order(self.k, self.held.group or self.k)):
             return None
         if rect.shape[1] != self.k:
             info = self.info("g_idx")
@@ -261,7 +262,7 @@ def _within(first: int, last: int, start: int, stop: int) -> tuple[slice, slice]
 
 
 @lru_cache(maxsize=8)
-def _in_order(k: int, size: int) -> Tensor:
+def _groups_in_order(k: int, size: int) -> Tensor:
     """Group of each of K features, int32 [K], where groups of `size` are contiguous."""
     return torch.arange(k, dtype=torch.int32) // size
 

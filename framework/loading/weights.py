@@ -87,6 +87,7 @@ class RankWeights:
         # projections in activation order, which may differ from expert to expert, are not joined
         alike = len({p.scheme for p in planned}) == 1 and all(w.order is None and fusable(first[0], w) for w in first)
         count = len(self._held(planned[0]))
+        # joined they are one group, of the first's scheme
         groups = [(first, weights)] if alike else [([f], [w]) for f, w in zip(first, weights, strict=True)]
         layer = ParallelLinear(
             [self._prepare_experts(p.scheme, _Joined(count, *g)) for p, g in zip(planned, groups, strict=False)],
@@ -168,7 +169,7 @@ class RankWeights:
         return self._accepted(planned, planned.module, weight)
 
     def _decode_experts(self, planned: PlannedModule) -> Iterator[QuantTensor]:
-        """Yield the weights of this rank's experts."""
+        """Return the weights of this rank's experts, decoded as they are taken."""
         rect = planned.shards[self.group.rank]
         modules = [planned.module.expert(e) for e in self._held(planned)]
         if planned.mode == "online":
@@ -176,8 +177,7 @@ class RankWeights:
         else:
             scheme = planned.scheme
             weights = self.decoder.decode_experts(modules, rect, scheme, self.index, self.reader, dtype=self.dtype)
-        for module, weight in zip(modules, weights, strict=True):
-            yield self._accepted(planned, module, weight)
+        return map(partial(self._accepted, planned), modules, weights)  # unlike a loop it holds no weight
 
     def _accepted(self, planned: PlannedModule, module: Module, weight: QuantTensor) -> QuantTensor:
         """Check what was decoded, and count it."""
@@ -257,8 +257,8 @@ class _Joined:
 
     def __iter__(self) -> Iterator[QuantTensor]:
         yield concat(self.first)
-        for weights in zip(*self.others, strict=True):
-            yield concat(list(weights))
+        for _ in range(1, self.count):
+            yield concat([next(of_one) for of_one in self.others])
 
 
 def _calls(weights: list[tuple[str, QuantTensor]], max_rows: Mapping[str, int]) -> list[tuple[str, QuantTensor]]:

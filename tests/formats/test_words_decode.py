@@ -149,12 +149,25 @@ def test_any_rectangle_is_the_formula_s_and_shards_are_slices(name, tmp_path_fac
 
 @pytest.mark.parametrize("name", [name for name in CASES if "a last group of less" not in name])
 def test_weights_that_are_decoded_together_are_each_the_formula_s(name, tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(word_codes, "TOGETHER", 2)
     modules, index, own, values = case(name, tmp_path, rng, count=5)
-    scheme = LAYOUTS[own].held(modules[0], index).scheme
+    held, (n, k) = LAYOUTS[own].held(modules[0], index), modules[0].shape
+    monkeypatch.setattr(word_codes, "TABLE_BYTES", 2 * 4 * n * (k // held.group if held.group else 1))
+    half = Rect(0, n // 2 // held.grain[0] * held.grain[0] or n, 0, k)
     with Reader() as reader:
-        found = list(decoder(own).decode_experts(modules, modules[0].full, scheme, index, reader))
-    assert [torch.equal(weight.dequantize(), value) for weight, value in zip(found, values, strict=True)] == [True] * 5
+        for rect in (modules[0].full, half):
+            for scheme in (held.scheme, "float"):
+                found = decoder(own).decode_experts(modules, rect, scheme, index, reader)
+                for weight, value in zip(found, values, strict=True):
+                    assert torch.equal(weight.dequantize(), value[rect.n0 : rect.n1])
+
+
+def test_float_weights_beside_codes_are_decoded_together_too(tmp_path, rng):
+    modules = [linear(16, 32, NAME.replace("0", str(i))) for i in range(3)]
+    tensors = {module.name: {"weight": torch.randn(16, 32)} for module in modules}
+    index = written_together(tmp_path, tensors, {"quant_method": "awq", **BASE})
+    with Reader() as reader:
+        found = list(decoder("awq").decode_experts(modules, modules[0].full, "float", index, reader))
+    assert all(torch.equal(f.codes, t["weight"]) for f, t in zip(found, tensors.values(), strict=True))
 
 
 def test_of_weights_that_are_decoded_together_the_wrong_one_is_named(tmp_path, rng):

@@ -44,11 +44,18 @@ def test_a_part_made_outside_of_inference_can_be_written_there_whoever_mapped_it
     outside.fill_(2)
 
 
-def test_memory_goes_back_with_its_tensors():
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
+def resident():
     gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_little_is_left_unused_whatever_the_sizes():
+    before, sizes = resident(), [9 << 20, 3 << 19, 12 << 20, 5 << 18] * 8
+    parts = [new_bytes(size) for size in sizes]
+    assert len(parts) == len(sizes) and resident() - before < 1.13 * sum(sizes) + MAP
+
+
+def test_memory_goes_back_with_its_tensors():
     before = resident()
     parts = [new_bytes(1 << 20) for _ in range(256)]
     assert resident() - before > 200 << 20

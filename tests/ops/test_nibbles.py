@@ -50,7 +50,7 @@ def test_unpacking_gives_back_what_was_packed(carrier, is_signed, data):
 
 @pytest.mark.parametrize(("carrier", "is_signed"), KINDS)
 @pytest.mark.parametrize(
-    ("rows", "k"), [((64,), 32), ((64, 128), 64), ((192,), 4096), ((1024, 64), 768), ((4096,), 520)]
+    ("rows", "k"), [((64,), 32), ((64, 128), 64), ((192,), 4096), ((1024, 64), 768), ((4160,), 520), ((64,), 16392)]
 )
 def test_repacked_bytes_are_those_that_torch_makes(rows, k, carrier, is_signed):
     source = np.random.default_rng(len(rows) + k)

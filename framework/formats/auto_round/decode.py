@@ -9,25 +9,13 @@ import torch
 from framework.checkpoint.index import Index
 from framework.checkpoint.reader import Reader
 from framework.formats.auto_round.layout import AutoRoundLayout, packing_of, width_of
+from framework.formats.base import alone
 from framework.formats.word_codes import bias_of, decode_words
 from framework.geometry import Module, Rect
 from framework.quantization.tensor import QuantTensor
 
 LAYOUT = AutoRoundLayout()
 bias = bias_of
-
-
-def decode(
-    module: Module,
-    rect: Rect,
-    scheme: str,
-    index: Index,
-    reader: Reader,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> QuantTensor:
-    """Return a rectangle of a module's weight; its values in `dtype` where the scheme is float."""
-    return next(decode_experts((module,), rect, scheme, index, reader, dtype=dtype))
 
 
 def decode_experts(
@@ -39,7 +27,10 @@ def decode_experts(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[QuantTensor]:
-    """Yield a rectangle of the weights of modules that are held alike."""
+    """Yield a rectangle of the weight of each module, all held alike; values in `dtype` where the scheme is float."""
     held = LAYOUT.held(modules[0], index)
     packing = packing_of(index, width_of(modules[0], index))
     return decode_words(modules, rect, scheme, index, reader, held, packing, dtype=dtype)
+
+
+decode = alone(decode_experts)

@@ -9,8 +9,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-# As much is mapped at a time, and at most that much is left unused.
+# As much is mapped at a time; what is larger than a part of that gets a map of its own, so that less is left unused.
 _CHUNK_BYTES = 16 << 20
+_LARGEST_PART = _CHUNK_BYTES // 8
 _ALIGNMENT = 64
 _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)  # Linux has it
 
@@ -24,8 +25,8 @@ class _Pool:
         self._used = 0
 
     def take(self, size: int) -> Tensor:
-        """Return uint8 [size], zeros; what is larger than a map gets one of its own."""
-        if size > _CHUNK_BYTES:
+        """Return uint8 [size], zeros."""
+        if size > _LARGEST_PART:
             return torch.frombuffer(mmap.mmap(-1, size, _FLAGS), dtype=torch.uint8)
         with self._lock:
             if self._map is None or self._used + size > _CHUNK_BYTES:

@@ -19,7 +19,7 @@ from framework.ops.nibbles import Carrier, Nibbles, part_shape
 
 # Bytes taken at a time: what is made of them stays in a core's cache.
 _CHUNK_BYTES = 1 << 19
-# Bytes of a lane that are turned at a time: longer ones come to lie in the same lines of the cache.
+# Bytes of a lane that are turned at a time: what is a power of two apart shares few places in the cache.
 _TURNED_BYTES = 256
 _LOW_NIBBLES = np.uint32(0x0F0F0F0F)
 _SIGNS = np.uint32(0x88888888)
